@@ -1,0 +1,128 @@
+//! The decision over several cells, in two phases: plan, then commit.
+
+use core::time::Duration;
+
+use arrayvec::ArrayVec;
+
+use crate::{Ask, Cell, Kind, Level, Outcome, Policy, Settled, Settlement, Time};
+
+/// Most rules that one decision takes: as many as an Acquire has asks.
+pub const MAX_RULES: usize = 16;
+
+/// The rules of one decision.
+pub type Rules<'a> = ArrayVec<Rule<'a>, MAX_RULES>;
+
+/// The cells that the rules speak of, each once; absent means full.
+pub type Cells = ArrayVec<Option<Cell>, MAX_RULES>;
+
+/// The verdicts of one decision, in the order of its rules.
+pub type Verdicts = ArrayVec<Verdict, MAX_RULES>;
+
+/// One ask, the policy that judges it and the cell that it charges.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule<'a> {
+    /// Index of the cell. Two rules may name the same: the later one sees what the earlier one charges.
+    pub cell: usize,
+    /// Who judges.
+    pub policy: &'a Policy,
+    /// What is asked.
+    pub ask: Ask,
+}
+
+/// What is charged when not every rule allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Charging {
+    /// Every rule, or none.
+    AllOrNothing,
+    /// Each rule that allows, whatever the others say.
+    EachAlone,
+    /// Every rule; one that denies drains its cell.
+    Always,
+}
+
+/// The answer of one rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Whether the rule alone allows.
+    pub outcome: Outcome,
+    /// Most tokens that could ever be granted at once.
+    pub limit: u64,
+    /// Whole tokens left, after what was charged.
+    pub remaining: u64,
+    /// Time until the cell is full if nobody charges it, after what was charged.
+    pub reset_after: Duration,
+}
+
+/// The answer of all rules.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Whether every rule allows.
+    pub allowed: bool,
+    /// One for each rule, in their order.
+    pub verdicts: Verdicts,
+}
+
+/// Decides over all rules, and charges `cells` as `charging` says.
+///
+/// The plan works on a copy; the commit writes back what is to be charged and nothing else. A peek (cost
+/// 0) changes and creates nothing.
+///
+/// # Panics
+/// If a rule names a cell that is not there.
+pub fn apply(rules: &Rules<'_>, charging: Charging, cells: &mut Cells, now: Time) -> Decision {
+    let mut planned = cells.clone();
+    let mut allowed = true;
+    let mut verdicts = Verdicts::new();
+
+    for rule in rules {
+        let cell = &mut planned[rule.cell];
+        let state = cell.map(|cell| rule.policy.current(cell));
+        let plan = rule.policy.limit.plan(state, rule.ask, now);
+        let allows = plan.outcome == Outcome::Allow;
+        allowed &= allows;
+        let charge = match charging {
+            Charging::AllOrNothing | Charging::EachAlone => allows,
+            Charging::Always => true,
+        } && rule.ask.cost > 0;
+        if charge {
+            *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
+        }
+        let Level { remaining, reset_after } = if charge { plan.after } else { plan.before };
+        verdicts.push(Verdict { outcome: plan.outcome, limit: plan.limit, remaining, reset_after });
+    }
+
+    if charging == Charging::AllOrNothing && !allowed {
+        // Nothing was charged, so each verdict tells its cell as it still is.
+        for (rule, verdict) in rules.iter().zip(&mut verdicts) {
+            let state = cells[rule.cell].map(|cell| rule.policy.current(cell));
+            let Level { remaining, reset_after } =
+                rule.policy.limit.plan(state, Ask { cost: 0, estimated: false }, now).before;
+            (verdict.remaining, verdict.reset_after) = (remaining, reset_after);
+        }
+    } else {
+        *cells = planned;
+    }
+    Decision { allowed, verdicts }
+}
+
+/// Corrects the charge of an estimate by what the call really cost.
+///
+/// The tokens refunded, owed or dropped are told; the cell's state is replaced.
+pub fn settle(
+    policy: &Policy,
+    cell: &mut Option<Cell>,
+    charged: u64,
+    actual: u64,
+    now: Time,
+) -> Settled<Cell> {
+    let settlement = Settlement { charged, actual, max_debt: policy.max_debt };
+    let state = cell.map(|cell| policy.current(cell));
+    let settled = policy.limit.settle(state, settlement, now);
+    *cell = settled.state.map(|state| Cell { revision: policy.revision, state });
+    Settled {
+        state: *cell,
+        refunded: settled.refunded,
+        owed: settled.owed,
+        dropped: settled.dropped,
+    }
+}

@@ -1,0 +1,23 @@
+//! The decisions of Fusebox, and nothing else: no I/O, no clock, no lock, no log line.
+//!
+//! [`apply`] decides over 1 to [`MAX_RULES`] cells in two phases, plan and commit; [`settle`] corrects a
+//! charge once the true cost is known. Both are functions of their arguments: time comes in as a [`Time`].
+//! What a limiter must know is the trait [`Kind`]; [`Limit`] and [`State`] are the sum of the kinds.
+//!
+//! The crate is `no_std`, so that a clock read, a lock, a log line or a socket in it does not compile.
+#![no_std]
+#![forbid(unsafe_code)]
+
+mod apply;
+mod kind;
+mod policy;
+mod time;
+pub mod token_bucket;
+
+pub use self::{
+    apply::{Cells, Charging, Decision, MAX_RULES, Rule, Rules, Verdict, Verdicts, apply, settle},
+    kind::{Ask, Kind, Level, Limit, Outcome, Plan, Reason, Settled, Settlement, State},
+    policy::{Cell, Former, Formers, MAX_FORMERS, Policy},
+    time::Time,
+    token_bucket::TokenBucket,
+};

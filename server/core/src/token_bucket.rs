@@ -1,0 +1,282 @@
+//! The token bucket, exact for every rate.
+//!
+//! A cell counts what was *spent*, in tokens and a remainder of `1 / per` nanosecond parts of one token.
+//! In these parts a nanosecond refills exactly `limit`, so no rate rounds and nothing drifts, also 3 a
+//! second or 1,000,003 a day. (The bucket as a meter: Turner, "New directions in communications", IEEE
+//! Communications 24(10), 1986; here it is exact because it is kept in integers.)
+
+use core::{num::NonZeroU64, time::Duration};
+
+use thiserror::Error;
+
+use crate::{
+    Ask, Kind, Level, Outcome, Plan, Reason, Settled, Settlement, Time, time::saturating_nanos,
+};
+
+/// Most tokens of a limit or burst: 10^12. With [`MAX_PER`] every product stays far inside 128 bits.
+pub const MAX_TOKENS: u64 = 1_000_000_000_000;
+
+/// Longest period: 366 days, a leap year.
+pub const MAX_PER: Duration = Duration::from_secs(366 * 24 * 60 * 60);
+
+/// `limit` tokens flow in each `per`; at most `burst` gather.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenBucket {
+    limit: u64,
+    per_nanos: NonZeroU64,
+    burst: u64,
+}
+
+/// Settings that no bucket can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum InvalidTokenBucket {
+    /// Too many tokens a period.
+    #[error("`limit` is {0}, above 10^12")]
+    Limit(u64),
+    /// No period, or too long a one.
+    #[error("`per` is {0:?}, outside 1ns to 366 days")]
+    Per(Duration),
+    /// No room for one token, or for too many.
+    #[error("`burst` is {0}, outside 1 to 10^12")]
+    Burst(u64),
+    /// A bucket that starts full and never fills again.
+    #[error("`burst` is {0}, but `limit: 0` denies all: leave `burst` out")]
+    BurstOfNothing(u64),
+}
+
+impl TokenBucket {
+    /// A bucket of `burst` tokens, refilled by `limit` tokens in each `per`.
+    ///
+    /// `limit: 0` (with `burst: 0`) denies all.
+    ///
+    /// # Errors
+    /// If a setting is out of range: `limit` at most 10^12, `per` 1 ns to 366 days, `burst` 1 to 10^12.
+    pub fn new(limit: u64, per: Duration, burst: u64) -> Result<Self, InvalidTokenBucket> {
+        if limit > MAX_TOKENS {
+            return Err(InvalidTokenBucket::Limit(limit));
+        }
+        if limit == 0 && burst > 0 {
+            return Err(InvalidTokenBucket::BurstOfNothing(burst));
+        }
+        if limit > 0 && !(1..=MAX_TOKENS).contains(&burst) {
+            return Err(InvalidTokenBucket::Burst(burst));
+        }
+        match NonZeroU64::new(saturating_nanos(per)) {
+            Some(per_nanos) if per <= MAX_PER => Ok(Self { limit, per_nanos, burst }),
+            _ => Err(InvalidTokenBucket::Per(per)),
+        }
+    }
+
+    /// Tokens that flow in each [`per`](Self::per).
+    #[must_use]
+    pub const fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// The period.
+    #[must_use]
+    pub const fn per(&self) -> Duration {
+        Duration::from_nanos(self.per_nanos.get())
+    }
+
+    /// Most tokens that gather.
+    #[must_use]
+    pub const fn burst(&self) -> u64 {
+        self.burst
+    }
+}
+
+/// What one bucket remembers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct State {
+    /// Whole tokens spent and not yet refilled; more than the burst is debt.
+    pub spent: u64,
+    /// Parts of one more token spent: nanoseconds of `per`, so always less than it.
+    pub remainder: u64,
+    /// Of the spent tokens, those that may still come back: open estimates. Refill stops at them, so that
+    /// what comes back never piles up beyond one burst.
+    pub out: u64,
+    /// When this was true.
+    pub at: Time,
+}
+
+impl State {
+    const fn full(at: Time) -> Self {
+        Self { spent: 0, remainder: 0, out: 0, at }
+    }
+
+    /// Spent tokens, with a begun one as a whole: what is left is counted in whole tokens.
+    const fn spent_rounded_up(&self) -> u64 {
+        self.spent + (self.remainder > 0) as u64
+    }
+}
+
+impl Kind for TokenBucket {
+    type State = State;
+
+    fn most(&self) -> u64 {
+        self.burst
+    }
+
+    fn plan(&self, state: Option<State>, ask: Ask, now: Time) -> Plan<State> {
+        let before = state.map_or(State::full(now), |state| self.refilled(state, now));
+        let needed = before.spent_rounded_up().saturating_add(ask.cost);
+        let outcome = if self.limit == 0 {
+            Outcome::Deny { reason: Reason::Blocked, retry_after: None }
+        } else if ask.cost == 0 || needed <= self.burst {
+            Outcome::Allow
+        } else {
+            Outcome::Deny {
+                reason: Reason::RateLimited,
+                retry_after: self.retry_after(&before, ask.cost, now),
+            }
+        };
+        let after = match outcome {
+            Outcome::Allow => State {
+                spent: before.spent + ask.cost,
+                out: before.out + if ask.estimated { ask.cost } else { 0 },
+                ..before
+            },
+            Outcome::Deny { .. } => self.drained(before, ask.cost),
+        };
+        Plan {
+            outcome,
+            limit: self.burst,
+            before: self.level(&before, now),
+            after: self.level(&after, now),
+            charged: if after == before { state } else { Some(after) },
+        }
+    }
+
+    fn settle(
+        &self,
+        state: Option<State>,
+        Settlement { charged, actual, max_debt }: Settlement,
+        now: Time,
+    ) -> Settled<State> {
+        let before = state.map_or(State::full(now), |state| self.refilled(state, now));
+        let out = before.out.saturating_sub(charged);
+        let (settled, refunded, owed, dropped) = if actual <= charged {
+            let refunded = (charged - actual).min(before.spent.saturating_sub(out));
+            (before.spent - refunded, refunded, 0, 0)
+        } else {
+            let room =
+                (self.burst.saturating_add(max_debt)).saturating_sub(before.spent_rounded_up());
+            let owed = (actual - charged).min(room);
+            (before.spent + owed, 0, owed, actual - charged - owed)
+        };
+        let after = State { spent: settled, out, ..before };
+        Settled {
+            state: if state.is_none() && owed == 0 { None } else { Some(after) },
+            refunded,
+            owed,
+            dropped,
+        }
+    }
+
+    fn mark(&self, state: State, step: u64) -> State {
+        // A mark alone never puts a bucket into debt: beyond the burst there is nothing to admit.
+        let ahead = state.spent.saturating_add(step).min(self.burst);
+        State { spent: ahead.max(state.spent), out: 0, ..state }
+    }
+
+    fn covers(&self, mark: State, state: State) -> bool {
+        // What is out is left aside: after a restart nothing comes back, so only debits count.
+        let later = mark.at.max(state.at);
+        let parts_at_later = |state: State| {
+            let state = self.refilled(State { out: 0, ..state }, later);
+            (state.spent, state.remainder)
+        };
+        parts_at_later(mark) >= parts_at_later(state)
+    }
+
+    fn revive(&self, mark: State, now: Time) -> State {
+        // A mark from the future would refill only once its time comes; a key must not wait for that.
+        self.refilled(State { out: 0, at: mark.at.min(now), ..mark }, now)
+    }
+
+    fn full_at(&self, state: State) -> Option<Time> {
+        if state.out > 0 {
+            return None;
+        }
+        let nanos = self.nanos_to_refill(self.parts(&state))?;
+        Some(state.at.after(Duration::from_nanos(nanos)))
+    }
+
+    fn rebase(&self, state: State, older: Option<&Self>, at: Time) -> State {
+        let Some(older) = older else {
+            let spent = state.spent_rounded_up();
+            return State { spent, remainder: 0, at: state.at.max(at), ..state };
+        };
+        let state = older.refilled(state, at);
+        // Rounded up: at most one part, a nanosecond's refill of one token, is spent that was not.
+        let (old_per, per) = (older.per_nanos.get(), self.per_nanos.get());
+        let parts = (u128::from(state.remainder) * u128::from(per)).div_ceil(u128::from(old_per));
+        self.with_parts(state, u128::from(state.spent) * u128::from(per) + parts)
+    }
+}
+
+/// All that is spent is computed in parts of a token; in 128 bits none of it overflows: spent tokens stay
+/// below 2^43 (burst and debt), `per` below 2^55, `limit` below 2^40 and time below 2^64.
+impl TokenBucket {
+    fn parts(&self, state: &State) -> u128 {
+        u128::from(state.spent) * u128::from(self.per_nanos.get()) + u128::from(state.remainder)
+    }
+
+    fn with_parts(&self, state: State, parts: u128) -> State {
+        let per = u128::from(self.per_nanos.get());
+        State { spent: saturate(parts / per), remainder: saturate(parts % per), ..state }
+    }
+
+    /// `state` as time alone has made it by `now`; unchanged if it is already later.
+    fn refilled(&self, state: State, now: Time) -> State {
+        let elapsed = now.nanos_since(state.at);
+        if elapsed == 0 {
+            return state;
+        }
+        let state = State { at: now, ..state };
+        if state.spent == 0 && state.remainder == 0 {
+            return state;
+        }
+        let parts = self.parts(&state);
+        let refill = u128::from(elapsed) * u128::from(self.limit);
+        let floor = u128::from(state.out) * u128::from(self.per_nanos.get());
+        self.with_parts(state, parts.saturating_sub(refill).max(floor.min(parts)))
+    }
+
+    /// `state` after a charge that is made although it was denied: down to an empty bucket, never into
+    /// debt.
+    fn drained(&self, state: State, cost: u64) -> State {
+        let left = self.burst.saturating_sub(state.spent_rounded_up());
+        State { spent: state.spent + cost.min(left), ..state }
+    }
+
+    fn level(&self, state: &State, now: Time) -> Level {
+        let nanos = self.nanos_to_refill(self.parts(state)).unwrap_or(0);
+        Level {
+            remaining: self.burst.saturating_sub(state.spent_rounded_up()),
+            reset_after: Duration::from_nanos(nanos.saturating_add(state.at.nanos_since(now))),
+        }
+    }
+
+    /// Time until `cost` could be charged, to the nanosecond; `None` if it never could.
+    fn retry_after(&self, state: &State, cost: u64, now: Time) -> Option<Duration> {
+        let per = u128::from(self.per_nanos.get());
+        let most_spent = u128::from(self.burst.checked_sub(cost)?) * per;
+        let nanos = self.nanos_to_refill(self.parts(state).saturating_sub(most_spent))?;
+        Some(Duration::from_nanos(nanos.saturating_add(state.at.nanos_since(now))))
+    }
+
+    /// Nanoseconds to refill so many parts; `None` if that never happens.
+    fn nanos_to_refill(&self, parts: u128) -> Option<u64> {
+        match (parts, self.limit) {
+            (0, _) => Some(0),
+            (_, 0) => None,
+            (parts, limit) => Some(saturate(parts.div_ceil(u128::from(limit)))),
+        }
+    }
+}
+
+fn saturate(wide: u128) -> u64 {
+    u64::try_from(wide).unwrap_or(u64::MAX)
+}
