@@ -1,2 +1,171 @@
-//! Main.
-fn main() {}
+//! `fusebox`: gathers the parts of a server, and runs it.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    net::SocketAddr,
+    path::Path,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use clap::Parser;
+use fusebox_server::{
+    cli::{Cli, Command, Serve},
+    clock::SystemClock,
+    config::{Config, Engine},
+    entropy::SystemEntropy,
+    run::{self, Listeners, Parts},
+    storage::journal::{Nothing, OpenJournal, Sled},
+};
+use tokio::{
+    net::TcpListener,
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+/// The configuration, the command line or an address is wrong, not the server.
+const MISUSE: u8 = 2;
+
+fn main() -> ExitCode {
+    match Cli::parse().command() {
+        Command::Check { file } => check(&file),
+        Command::Serve(serve) => start(&serve),
+    }
+}
+
+fn check(file: &Path) -> ExitCode {
+    match Config::read(file) {
+        Ok(config) => {
+            print(&config.to_string());
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(MISUSE, &error.to_string()),
+    }
+}
+
+fn start(options: &Serve) -> ExitCode {
+    if let Err(error) = log_to_stderr(options.log()) {
+        return fail(MISUSE, &error);
+    }
+    let config = match options.config() {
+        Ok(config) => config,
+        Err(error) => return fail(MISUSE, &error.to_string()),
+    };
+    let runtime = match Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(1, &format!("cannot start threads: {error}")),
+    };
+    let ended = runtime.block_on(serve(options, config));
+    // A store that hangs must not keep a process alive that has nothing left to do.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    ended.err().unwrap_or(ExitCode::SUCCESS)
+}
+
+async fn serve(options: &Serve, config: Config) -> Result<(), ExitCode> {
+    let listeners = Listeners {
+        grpc: bind("listen", config.listen).await?,
+        ops: bind("ops_listen", config.ops_listen).await?,
+    };
+    if options.insecure() {
+        tracing::warn!("--insecure: whoever reaches these addresses can spend every quota");
+    }
+    if config.namespaces.is_empty() {
+        tracing::warn!("the configuration has no namespaces: every Acquire will be NOT_FOUND");
+    }
+    print(&welcome(&listeners, options.is_demo()).map_err(|error| fail(1, &error.to_string()))?);
+    let parts = Parts {
+        namespaces: config.namespaces,
+        drain_timeout: config.drain_timeout,
+        listeners,
+        clock: Arc::new(SystemClock::default()),
+        entropy: Arc::new(SystemEntropy),
+        journal: journal(config.storage),
+        shutdown: shutdown_on_signal().map_err(|error| fail(1, &error.to_string()))?,
+    };
+    run::run(parts).await.map_err(|error| fail(1, &error.to_string()))
+}
+
+fn journal(storage: fusebox_server::config::Storage) -> OpenJournal {
+    Box::new(move || match storage.engine {
+        Engine::Sled => Ok(Box::new(Sled::open(&storage.path)?)),
+        Engine::Memory => Ok(Box::new(Nothing)),
+    })
+}
+
+async fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, ExitCode> {
+    TcpListener::bind(address).await.map_err(|error| {
+        fail(
+            1,
+            &format!("cannot listen on {address} (`{setting}`): {error}; choose another address"),
+        )
+    })
+}
+
+/// SIGTERM, as orchestrators send it, or SIGINT, as people do.
+fn shutdown_on_signal() -> io::Result<CancellationToken> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let shutdown = CancellationToken::new();
+    let told = shutdown.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        told.cancel();
+    });
+    Ok(shutdown)
+}
+
+/// For people on a terminal, as JSON for everything else.
+fn log_to_stderr(filter: &str) -> Result<(), String> {
+    let filter = EnvFilter::try_new(filter)
+        .map_err(|error| format!("--log `{filter}` is not a filter such as `info`: {error}"))?;
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    if io::stderr().is_terminal() {
+        logs.with_target(false).init();
+    } else {
+        logs.json().flatten_event(true).init();
+    }
+    Ok(())
+}
+
+fn welcome(listeners: &Listeners, demo: bool) -> io::Result<String> {
+    let (grpc, ops) = (listeners.grpc.local_addr()?, listeners.ops.local_addr()?);
+    let mut text = format!(
+        "fusebox {}\n  gRPC        {grpc}\n  operations  http://{ops}\n",
+        env!("CARGO_PKG_VERSION")
+    );
+    if demo {
+        text += &format!(
+            r#"
+Serving the namespace `demo`. Try, in another terminal:
+
+  # Three signups a minute for each key: say it twice, and the second is denied.
+  grpcurl -plaintext -d '{{"namespace":"demo","asks":[{{"policy":"signup","key":"alice","cost":2}}]}}' \
+    {grpc} fusebox.v1.Resilience/Acquire
+
+  # Every message and field, with its meaning.
+  grpcurl -plaintext {grpc} describe fusebox.v1.AcquireRequest
+
+  # What was decided so far.
+  curl -s http://{ops}/metrics | grep fusebox_decisions
+
+"#
+        );
+    }
+    Ok(text)
+}
+
+/// A reader that went away is not our failure.
+fn print(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
+}
+
+fn fail(code: u8, message: &str) -> ExitCode {
+    let _ = writeln!(io::stderr(), "fusebox: {message}");
+    ExitCode::from(code)
+}

@@ -43,6 +43,8 @@ pub enum Charging {
 /// The answer of one rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verdict {
+    /// Tokens that were asked for; 0 was a peek.
+    pub cost: u64,
     /// Whether the rule alone allows.
     pub outcome: Outcome,
     /// Most tokens that could ever be granted at once.
@@ -88,7 +90,13 @@ pub fn apply(rules: &Rules<'_>, charging: Charging, cells: &mut Cells, now: Time
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
         }
         let Level { remaining, reset_after } = if charge { plan.after } else { plan.before };
-        verdicts.push(Verdict { outcome: plan.outcome, limit: plan.limit, remaining, reset_after });
+        verdicts.push(Verdict {
+            cost: rule.ask.cost,
+            outcome: plan.outcome,
+            limit: plan.limit,
+            remaining,
+            reset_after,
+        });
     }
 
     if charging == Charging::AllOrNothing && !allowed {

@@ -1,0 +1,217 @@
+//! The accept loop of a port, and the life of its connections.
+
+use std::{
+    future::Future,
+    io,
+    pin::pin,
+    sync::{Arc, atomic::Ordering},
+};
+
+use hyper::{rt::Executor, server::conn};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    grpc::calls::Calls,
+    limits,
+    metrics::{ConnectionCounts, Counters},
+};
+
+/// One port: the tasks of its connections, and how they end.
+#[derive(Clone)]
+pub(crate) struct Port {
+    /// For log lines.
+    pub(crate) name: &'static str,
+    /// Most connections at once.
+    pub(crate) connections: usize,
+    /// The port's own counts among all.
+    pub(crate) counts: fn(&Counters) -> &ConnectionCounts,
+    /// All counts.
+    pub(crate) counters: Arc<Counters>,
+    /// Ends the accept loop, and asks connections to finish.
+    pub(crate) stop: CancellationToken,
+    /// Cuts the connections that are left.
+    pub(crate) cut: CancellationToken,
+    /// The accept loop, every connection and every call.
+    pub(crate) tasks: TaskTracker,
+}
+
+impl Port {
+    /// Starts to accept connections, each served by `serve` in a task of its own.
+    pub(crate) fn open<S, F>(&self, listener: TcpListener, serve: S)
+    where
+        S: Fn(Port, TcpStream) -> F + Send + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let port = self.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = port.stop.cancelled() => {}
+                () = port.accept(listener, serve) => {}
+            }
+        });
+    }
+
+    /// Asks every connection to finish, and cuts after `patience` those that did not.
+    pub(crate) async fn close(&self, patience: std::time::Duration) {
+        self.stop.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(patience, self.tasks.wait()).await.is_err() {
+            let left = self.counts().open.load(Ordering::Relaxed);
+            tracing::warn!(port = self.name, left, "drain_timeout is over; cutting connections");
+            self.cut.cancel();
+            self.tasks.wait().await;
+        }
+    }
+
+    fn counts(&self) -> &ConnectionCounts {
+        (self.counts)(&self.counters)
+    }
+
+    async fn accept<S, F>(&self, listener: TcpListener, serve: S)
+    where
+        S: Fn(Port, TcpStream) -> F,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let mut failing = false;
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    failing = false;
+                    self.admit(stream, &serve);
+                }
+                // The client gave up before we looked; the next one may not have.
+                Err(error) if is_the_clients(&error) => {}
+                Err(error) => {
+                    if !failing {
+                        tracing::error!(port = self.name, %error, "cannot accept connections; trying on");
+                    }
+                    failing = true;
+                    tokio::time::sleep(limits::ACCEPT_BACKOFF).await;
+                }
+            }
+        }
+    }
+
+    fn admit<S, F>(&self, stream: TcpStream, serve: &S)
+    where
+        S: Fn(Port, TcpStream) -> F,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let counts = self.counts();
+        let open = usize::try_from(counts.open.load(Ordering::Relaxed)).unwrap_or(0);
+        if open >= self.connections {
+            counts.refused.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        // Answers are small and one to a packet: waiting to fill one only delays them.
+        if stream.set_nodelay(true).is_err() {
+            return;
+        }
+        let connection = Connection::new(self.clone());
+        let cut = self.cut.clone();
+        let served = serve(self.clone(), stream);
+        self.tasks.spawn(async move {
+            cut.run_until_cancelled(served).await;
+            drop(connection);
+        });
+    }
+}
+
+/// An open connection, counted until dropped.
+struct Connection(Port);
+
+impl Connection {
+    fn new(port: Port) -> Self {
+        port.counts().open.fetch_add(1, Ordering::Relaxed);
+        Self(port)
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.counts().open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Serves gRPC: HTTP/2 with prior knowledge.
+pub(crate) async fn serve_grpc(port: Port, stream: TcpStream, calls: Calls) {
+    // A client speaks first. One that does not would hold its place for ever.
+    let first_byte = tokio::time::timeout(limits::FIRST_BYTE_WAIT, stream.readable());
+    let spoke = tokio::select! {
+        () = port.stop.cancelled() => false,
+        waited = first_byte => matches!(waited, Ok(Ok(()))),
+    };
+    if !spoke {
+        return;
+    }
+    let connection = conn::http2::Builder::new(Tracked(port.clone()))
+        .timer(TokioTimer::new())
+        .keep_alive_interval(limits::KEEPALIVE)
+        .keep_alive_timeout(limits::KEEPALIVE)
+        .max_concurrent_streams(limits::STREAMS_PER_CONNECTION)
+        .max_header_list_size(limits::HEADER_BYTES)
+        .max_pending_accept_reset_streams(limits::PENDING_RESETS)
+        .serve_connection(TokioIo::new(stream), calls);
+    let mut connection = pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = port.stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    log_end(&port, ended);
+}
+
+/// Serves the operations' HTTP/1.
+pub(crate) async fn serve_http(port: Port, stream: TcpStream, router: axum::Router) {
+    let connection = conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits::OPS_HEADER_WAIT)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut connection = pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = port.stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    log_end(&port, ended);
+}
+
+fn log_end(port: &Port, ended: hyper::Result<()>) {
+    if let Err(error) = ended {
+        tracing::debug!(port = port.name, %error, "a connection ended");
+    }
+}
+
+/// Runs the calls of a connection as tasks of its port, so that a drain waits for them too.
+#[derive(Clone)]
+struct Tracked(Port);
+
+impl<F> Executor<F> for Tracked
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, call: F) {
+        let cut = self.0.cut.clone();
+        self.0.tasks.spawn(async move {
+            cut.run_until_cancelled(call).await;
+        });
+    }
+}
+
+fn is_the_clients(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+    )
+}

@@ -1,0 +1,435 @@
+//! What callers can do: the server without its transport.
+
+mod grants;
+
+use std::sync::{Arc, atomic::Ordering};
+
+use arc_swap::ArcSwap;
+use arrayvec::ArrayVec;
+use fusebox_core::{Ask as CoreAsk, Charging, Decision, Kind, MAX_RULES, Time};
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+use self::grants::{Grant, Taken};
+pub use self::grants::{GrantId, Grants};
+use crate::{
+    catalogue::{Catalogue, CellId, Policy},
+    clock::ServerClock,
+    entropy::Entropy,
+    limits,
+    metrics::Counters,
+    reservation::Reservation,
+    storage::{Answer, CellAsk, Charge, Settlement, Storage, StorageError},
+};
+
+/// Who calls. There is no authentication yet, so everybody is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Principal {
+    /// Nobody in particular.
+    Anonymous,
+}
+
+/// Who calls, and the one moment at which the whole call is decided.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// Who.
+    pub principal: Principal,
+    /// When.
+    pub now: Time,
+}
+
+/// An Acquire that is well-formed.
+#[derive(Clone, Debug)]
+pub struct Acquire<'a> {
+    /// Namespace of the policies.
+    pub namespace: &'a str,
+    /// 1 to 16 asks; at most one is estimated.
+    pub asks: ArrayVec<Ask<'a>, MAX_RULES>,
+}
+
+/// An ask that is well-formed.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask<'a> {
+    /// Name of the policy.
+    pub policy: &'a str,
+    /// Which bucket.
+    pub key: &'a str,
+    /// What is asked.
+    pub ask: CoreAsk,
+}
+
+/// What became of an Acquire.
+#[derive(Debug)]
+pub struct Acquired {
+    /// The decision.
+    pub decision: Decision,
+    /// The grant, and the index of the ask that opened it.
+    pub grant: Option<(usize, GrantId)>,
+}
+
+/// Why nothing could be decided. Nothing was charged, unless the storage failed.
+#[derive(Debug, Error)]
+pub enum AcquireError {
+    /// No such namespace.
+    #[error("unknown namespace `{0}`")]
+    UnknownNamespace(String),
+    /// No such policy.
+    #[error("unknown policy `{policy}` in namespace `{namespace}`")]
+    UnknownPolicy {
+        /// The namespace.
+        namespace: String,
+        /// The policy.
+        policy: String,
+    },
+    /// An ask that no wait would ever make possible.
+    #[error("a cost of {cost} is never possible: policy `{policy}` grants at most {most} at once")]
+    NeverPossible {
+        /// Index of the ask.
+        ask: usize,
+        /// The policy.
+        policy: String,
+        /// What was asked.
+        cost: u64,
+        /// Most that the policy grants.
+        most: u64,
+    },
+    /// Too many open grants.
+    #[error(
+        "{} estimates are open, as many as this server holds; report those that ended",
+        limits::OPEN_GRANTS
+    )]
+    GrantsFull,
+    /// The storage cannot.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
+
+/// Why a batch was not decided: the first entry that could not be.
+#[derive(Debug)]
+pub struct BatchError {
+    /// The entry, if it was one.
+    pub entry: Option<usize>,
+    /// Why.
+    pub error: AcquireError,
+}
+
+/// How one granted call went.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    /// The grant; `None` if it cannot be one of ours.
+    pub grant: Option<GrantId>,
+    /// Tokens that the call cost in all; `None` if it cost what was estimated.
+    pub actual_cost: Option<u64>,
+}
+
+/// What became of one outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reported {
+    /// The grant is settled.
+    Applied,
+    /// It had been settled before.
+    Duplicate,
+    /// There is no such grant, or it is not this caller's.
+    UnknownGrant,
+}
+
+/// Decides: policies, cells and grants together.
+pub struct App {
+    catalogue: ArcSwap<Catalogue>,
+    storage: Arc<dyn Storage>,
+    grants: Grants,
+    clock: ServerClock,
+    entropy: Arc<dyn Entropy>,
+    counters: Arc<Counters>,
+}
+
+impl App {
+    /// An app of this start, `boot`.
+    pub fn new(
+        catalogue: Catalogue,
+        storage: Arc<dyn Storage>,
+        clock: ServerClock,
+        entropy: Arc<dyn Entropy>,
+        counters: Arc<Counters>,
+        boot: u64,
+    ) -> Self {
+        Self {
+            catalogue: ArcSwap::from_pointee(catalogue),
+            storage,
+            grants: Grants::new(boot),
+            clock,
+            entropy,
+            counters,
+        }
+    }
+
+    /// The policies in force.
+    pub fn catalogue(&self) -> Arc<Catalogue> {
+        self.catalogue.load_full()
+    }
+
+    /// The grants that are open.
+    pub fn grants(&self) -> &Grants {
+        &self.grants
+    }
+
+    /// Keys that are remembered.
+    pub fn live_cells(&self) -> usize {
+        self.storage.live()
+    }
+
+    /// A caller at this moment.
+    pub fn caller(&self, principal: Principal) -> Caller {
+        Caller { principal, now: self.clock.now() }
+    }
+
+    /// Decides one Acquire.
+    ///
+    /// # Errors
+    /// If nothing could be decided.
+    pub fn acquire(
+        self: &Arc<Self>,
+        caller: Caller,
+        acquire: &Acquire<'_>,
+    ) -> Result<Answer<Acquired>, AcquireError> {
+        let catalogue = self.catalogue.load();
+        let resolved = Resolved::new(&catalogue, acquire, false)?;
+        let room = self.reserve_grants(usize::from(resolved.estimate().is_some()))?;
+        Ok(self.decide(caller, &resolved, room)?)
+    }
+
+    /// Decides each Acquire of a batch, in order, against one snapshot of the policies.
+    ///
+    /// # Errors
+    /// If one of them could not be decided; then nothing was charged, unless the storage failed.
+    pub fn acquire_batch(
+        self: &Arc<Self>,
+        caller: Caller,
+        entries: &[Acquire<'_>],
+    ) -> Result<Vec<Answer<Acquired>>, BatchError> {
+        let whole = |error| BatchError { entry: None, error };
+        let catalogue = self.catalogue.load();
+        let resolved = entries.iter().enumerate().map(|(index, entry)| {
+            Resolved::new(&catalogue, entry, true)
+                .map_err(|error| BatchError { entry: Some(index), error })
+        });
+        let resolved = resolved.collect::<Result<Vec<_>, _>>()?;
+
+        // All the room that any entry may need, so that none fails after another was charged.
+        let asks = entries.iter().map(|entry| entry.asks.len()).sum();
+        let _cells = self.storage.reserve(asks).map_err(AcquireError::from).map_err(whole)?;
+        let estimates = resolved.iter().filter(|entry| entry.estimate().is_some()).count();
+        let _grants = self.reserve_grants(estimates).map_err(whole)?;
+
+        let answers = resolved.iter().map(|entry| {
+            self.decide(caller, entry, None).map_err(AcquireError::from).map_err(whole)
+        });
+        answers.collect()
+    }
+
+    /// Settles grants, each once.
+    ///
+    /// # Errors
+    /// If the namespace is unknown, or the storage failed.
+    pub async fn report(
+        &self,
+        caller: Caller,
+        namespace: &str,
+        outcomes: &[Outcome],
+    ) -> Result<Vec<Reported>, AcquireError> {
+        if self.catalogue.load().namespace(namespace).is_none() {
+            return Err(AcquireError::UnknownNamespace(namespace.to_owned()));
+        }
+        let mut results = Vec::with_capacity(outcomes.len());
+        for outcome in outcomes {
+            let taken = outcome.grant.map_or(Taken::Unknown, |id| {
+                self.grants.settle(id, caller.principal, namespace, caller.now)
+            });
+            let result = match taken {
+                Taken::Open(grant) => {
+                    self.settle(&grant, outcome.actual_cost, caller.now).await?;
+                    Reported::Applied
+                }
+                Taken::Settled => Reported::Duplicate,
+                Taken::Unknown => Reported::UnknownGrant,
+            };
+            let counts = &self.counters.reports;
+            let count = match result {
+                Reported::Applied => &counts.applied,
+                Reported::Duplicate => &counts.duplicate,
+                Reported::UnknownGrant => &counts.unknown,
+            };
+            count.fetch_add(1, Ordering::Relaxed);
+            results.push(result);
+        }
+        Ok(results)
+    }
+
+    /// One bounded round of housekeeping: full cells leave, and what expired is settled as charged.
+    ///
+    /// # Errors
+    /// If the storage failed.
+    pub async fn tend(&self) -> Result<(), StorageError> {
+        let now = self.clock.now();
+        self.storage.tend(&self.catalogue.load(), now);
+        for grant in self.grants.expire(now) {
+            self.settle(&grant, None, now).await?;
+        }
+        Ok(())
+    }
+
+    fn reserve_grants(&self, amount: usize) -> Result<Option<Reservation>, AcquireError> {
+        if amount == 0 {
+            return Ok(None);
+        }
+        self.grants.reserve(amount).ok_or(AcquireError::GrantsFull).map(Some)
+    }
+
+    /// Charges, and concludes now or once the charge is durable.
+    fn decide(
+        self: &Arc<Self>,
+        caller: Caller,
+        resolved: &Resolved<'_>,
+        room: Option<Reservation>,
+    ) -> Result<Answer<Acquired>, StorageError> {
+        match self.storage.apply(&resolved.charge, caller.now)? {
+            Answer::Now(decision) => Ok(Answer::Now(self.conclude(
+                caller,
+                decision,
+                &resolved.policies,
+                resolved.estimate(),
+            ))),
+            Answer::Later(decision) => {
+                // In a task of its own: when the caller goes away meanwhile, the grant must still be
+                // opened, or what it may give back would be out for ever.
+                let app = Arc::clone(self);
+                let policies: ArrayVec<Arc<Policy>, MAX_RULES> =
+                    resolved.policies.iter().map(|policy| Arc::clone(policy)).collect();
+                let estimate = resolved.estimate();
+                let (answer, later) = oneshot::channel();
+                tokio::spawn(async move {
+                    let decided = decision.await.unwrap_or_else(|_| Err(StorageError::gone()));
+                    let policies: ArrayVec<&Arc<Policy>, MAX_RULES> = policies.iter().collect();
+                    let acquired =
+                        decided.map(|decided| app.conclude(caller, decided, &policies, estimate));
+                    drop(room);
+                    let _ = answer.send(acquired);
+                });
+                Ok(Answer::Later(later))
+            }
+        }
+    }
+
+    /// Counts a decision, and opens the grant that it owes.
+    fn conclude(
+        &self,
+        caller: Caller,
+        decision: Decision,
+        policies: &[&Arc<Policy>],
+        estimate: Option<Estimate>,
+    ) -> Acquired {
+        for (policy, verdict) in policies.iter().zip(&decision.verdicts) {
+            if verdict.cost > 0 {
+                policy.decisions.count(&decision, verdict.outcome);
+            }
+        }
+        let grant = estimate.filter(|_| decision.allowed).map(|Estimate { ask, cell, amount }| {
+            let grant = Grant {
+                principal: caller.principal,
+                policy: Arc::clone(policies[ask]),
+                cell,
+                amount,
+                expires_at: caller.now.after(limits::ESTIMATE_LIFE),
+            };
+            (ask, self.grants.open_grant(grant, &*self.entropy))
+        });
+        Acquired { decision, grant }
+    }
+
+    async fn settle(
+        &self,
+        grant: &Grant,
+        actual: Option<u64>,
+        now: Time,
+    ) -> Result<(), StorageError> {
+        // The policy as it is now: its settings may have changed since the grant.
+        let catalogue = self.catalogue();
+        let policy = catalogue.numbered(grant.policy.number).unwrap_or(&grant.policy);
+        let settlement = Settlement {
+            cell: grant.cell,
+            number: policy.number,
+            policy: &policy.rule,
+            charged: grant.amount,
+            actual: actual.unwrap_or(grant.amount),
+        };
+        let settled = match self.storage.settle(&settlement, now)? {
+            Answer::Now(settled) => settled,
+            Answer::Later(settled) => {
+                settled.await.unwrap_or_else(|_| Err(StorageError::gone()))?
+            }
+        };
+        if settled.dropped > 0 {
+            policy.decisions.count_dropped_debt(settled.dropped);
+        }
+        Ok(())
+    }
+}
+
+/// An Acquire whose names are found.
+struct Resolved<'a> {
+    policies: ArrayVec<&'a Arc<Policy>, MAX_RULES>,
+    charge: Charge<'a>,
+}
+
+/// The ask that opens a grant.
+#[derive(Clone, Copy)]
+struct Estimate {
+    ask: usize,
+    cell: CellId,
+    amount: u64,
+}
+
+impl<'a> Resolved<'a> {
+    fn new(
+        catalogue: &'a Catalogue,
+        acquire: &Acquire<'_>,
+        reserved: bool,
+    ) -> Result<Self, AcquireError> {
+        let namespace = catalogue
+            .namespace(acquire.namespace)
+            .ok_or_else(|| AcquireError::UnknownNamespace(acquire.namespace.to_owned()))?;
+        let mut policies = ArrayVec::new();
+        let mut asks = ArrayVec::new();
+        for (index, Ask { policy: name, key, ask }) in acquire.asks.iter().enumerate() {
+            let policy = namespace.policy(name).ok_or_else(|| AcquireError::UnknownPolicy {
+                namespace: acquire.namespace.to_owned(),
+                policy: (*name).to_owned(),
+            })?;
+            // A limit of 0 denies all, which is an answer; above another limit there is none.
+            let most = policy.rule.limit.most();
+            if most > 0 && ask.cost > most {
+                return Err(AcquireError::NeverPossible {
+                    ask: index,
+                    policy: (*name).to_owned(),
+                    cost: ask.cost,
+                    most,
+                });
+            }
+            policies.push(policy);
+            asks.push(CellAsk {
+                cell: policy.cells.cell(key),
+                number: policy.number,
+                policy: &policy.rule,
+                ask: *ask,
+            });
+        }
+        let charge = Charge { charging: Charging::AllOrNothing, asks, reserved };
+        Ok(Self { policies, charge })
+    }
+
+    fn estimate(&self) -> Option<Estimate> {
+        let ask = self.charge.asks.iter().position(|ask| ask.ask.estimated)?;
+        let CellAsk { cell, ask: CoreAsk { cost, .. }, .. } = self.charge.asks[ask];
+        Some(Estimate { ask, cell, amount: cost })
+    }
+}

@@ -1,0 +1,355 @@
+//! The configuration: parsed once, at the edge, into what cannot be wrong.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use fusebox_core::{Formers, Limit, TokenBucket, token_bucket::MAX_TOKENS};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use thiserror::Error;
+
+use crate::limits;
+
+/// Policies by namespace.
+pub type Namespaces = BTreeMap<Name, Namespace>;
+
+/// All settings of a server; what a file leaves out has its default.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where gRPC is served.
+    #[serde(default = "default_listen")]
+    pub listen: SocketAddr,
+    /// Where `/metrics`, `/livez` and `/readyz` are served.
+    #[serde(default = "default_ops_listen")]
+    pub ops_listen: SocketAddr,
+    /// How long calls in flight may take to finish after SIGTERM.
+    #[serde(
+        default = "default_drain_timeout",
+        deserialize_with = "drain_timeout",
+        serialize_with = "duration::serialize"
+    )]
+    pub drain_timeout: Duration,
+    /// Where state is kept.
+    #[serde(default)]
+    pub storage: Storage,
+    /// What is limited.
+    #[serde(default, deserialize_with = "bounded")]
+    pub namespaces: Namespaces,
+}
+
+/// Where state is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Storage {
+    /// What keeps it.
+    pub engine: Engine,
+    /// The data directory; not used by engine `memory`.
+    pub path: PathBuf,
+    /// What a crash may forget.
+    pub durability: Durability,
+}
+
+/// What keeps state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// A sled database in the data directory.
+    #[default]
+    Sled,
+    /// Nothing: a restart starts full.
+    Memory,
+}
+
+/// What a crash may forget.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// What was charged since the last write, a fraction of a second earlier.
+    #[default]
+    Relaxed,
+}
+
+/// The policies of one tenant.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Namespace {
+    /// Policies by name.
+    #[serde(default)]
+    pub policies: BTreeMap<Name, Policy>,
+}
+
+/// A policy as an operator writes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "PolicyFields")]
+pub struct Policy {
+    token_bucket: TokenBucketFields,
+    max_debt: u64,
+    #[serde(skip)]
+    limit: TokenBucket,
+}
+
+/// Name of a namespace or a policy: `[a-z][a-z0-9_-]{0,62}`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Name(String);
+
+/// Why a configuration is not one.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {cause}")]
+    Read {
+        /// The file.
+        path: String,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// The file is not a configuration.
+    #[error("{path}{place}: {field}{message}")]
+    Invalid {
+        /// The file.
+        path: String,
+        /// `:line:column`, if known.
+        place: String,
+        /// The path of the field, if known.
+        field: String,
+        /// What is wrong, and the lines around it.
+        message: String,
+    },
+    /// An address that anyone can reach, without a word that this is meant.
+    #[error(
+        "`{setting}` is {address}, which others can reach, and there is no TLS or authentication yet: \
+         anyone there could spend your quotas. Listen on 127.0.0.1, or say --insecure"
+    )]
+    Exposed {
+        /// The setting.
+        setting: &'static str,
+        /// Its address.
+        address: SocketAddr,
+    },
+}
+
+impl Config {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// If it cannot be read or is not a configuration; the message names file, line and field.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let shown = path.display().to_string();
+        let read = || {
+            let bytes = fs::metadata(path)?.len();
+            if bytes > limits::CONFIG_BYTES {
+                let message = format!("{bytes} bytes, above {}", limits::CONFIG_BYTES);
+                return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, message));
+            }
+            fs::read_to_string(path)
+        };
+        let text = read().map_err(|cause| ConfigError::Read { path: shown.clone(), cause })?;
+        Self::parse(&shown, &text)
+    }
+
+    /// Parses a file that is already read; `path` is what messages call it.
+    ///
+    /// # Errors
+    /// If it is not a configuration.
+    pub fn parse(path: &str, text: &str) -> Result<Self, ConfigError> {
+        let mut field = String::new();
+        let parsed = serde_saphyr::with_deserializer_from_str(text, |deserializer| {
+            serde_path_to_error::deserialize(deserializer).map_err(|error| {
+                field = error.path().to_string();
+                error.into_inner()
+            })
+        });
+        parsed.map_err(|error| ConfigError::Invalid {
+            path: path.to_owned(),
+            place: error
+                .location()
+                .map(|place| format!(":{}:{}", place.line(), place.column()))
+                .unwrap_or_default(),
+            field: if field == "." || field.is_empty() { field } else { format!("`{field}`: ") },
+            message: error.to_string(),
+        })
+    }
+
+    /// What is served when no file is named: the namespace `demo`.
+    ///
+    /// # Errors
+    /// Never: a test parses it.
+    pub fn demo() -> Result<Self, ConfigError> {
+        Self::parse("demo.yaml", include_str!("demo.yaml"))
+    }
+
+    /// Refuses an address that others can reach, unless `insecure` says that this is meant.
+    ///
+    /// # Errors
+    /// [`ConfigError::Exposed`].
+    pub fn check_exposure(&self, insecure: bool) -> Result<(), ConfigError> {
+        for (setting, address) in [("listen", self.listen), ("ops_listen", self.ops_listen)] {
+            if !address.ip().is_loopback() && !insecure {
+                return Err(ConfigError::Exposed { setting, address });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Config {
+    /// As YAML that parses to the same configuration.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&serde_saphyr::to_string(self).map_err(|_| fmt::Error)?)
+    }
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Self {
+            engine: Engine::default(),
+            path: PathBuf::from("./fusebox-data"),
+            durability: Durability::default(),
+        }
+    }
+}
+
+impl Policy {
+    /// What decides, as its first revision.
+    pub fn rule(&self) -> fusebox_core::Policy {
+        fusebox_core::Policy {
+            limit: Limit::TokenBucket(self.limit),
+            revision: 1,
+            max_debt: self.max_debt,
+            formers: Formers::new(),
+        }
+    }
+}
+
+impl Name {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for Name {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        let starts = name.starts_with(|first: char| first.is_ascii_lowercase());
+        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_-".contains(c);
+        if starts && name.len() <= limits::NAME_BYTES && name.chars().all(allowed) {
+            Ok(Self(name))
+        } else {
+            Err(format!(
+                "`{name}` is not a name: a lower-case letter, then at most {} of a-z, 0-9, _ and -",
+                limits::NAME_BYTES - 1
+            ))
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PolicyFields {
+    token_bucket: Option<TokenBucketFields>,
+    /// Tokens that a cell may owe when estimates turn out low; one burst if left out.
+    max_debt: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TokenBucketFields {
+    limit: u64,
+    #[serde(with = "duration")]
+    per: Duration,
+    burst: Option<u64>,
+}
+
+impl TryFrom<PolicyFields> for Policy {
+    type Error = String;
+
+    fn try_from(fields: PolicyFields) -> Result<Self, String> {
+        let Some(token_bucket) = fields.token_bucket else {
+            return Err("a policy needs its limiter: `token_bucket`".into());
+        };
+        let TokenBucketFields { limit, per, burst } = token_bucket;
+        let burst = burst.unwrap_or(limit);
+        let limit = TokenBucket::new(limit, per, burst)
+            .map_err(|error| format!("`token_bucket`: {error}"))?;
+        let max_debt = fields.max_debt.unwrap_or(burst);
+        if max_debt > MAX_TOKENS {
+            return Err(format!("`max_debt` is {max_debt}, above 10^12"));
+        }
+        let token_bucket = TokenBucketFields { burst: Some(burst), ..token_bucket };
+        Ok(Self { token_bucket, max_debt, limit })
+    }
+}
+
+impl<'de> Deserialize<'de> for Durability {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "relaxed" => Ok(Self::Relaxed),
+            "strict" => {
+                Err(D::Error::custom("`strict` is not supported by this build; use `relaxed`"))
+            }
+            other => Err(D::Error::custom(format!("`{other}` is not a durability; use `relaxed`"))),
+        }
+    }
+}
+
+/// A duration, and not too long a one.
+fn drain_timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let timeout = duration::deserialize(deserializer)?;
+    if timeout > limits::DRAIN {
+        let most = humantime::format_duration(limits::DRAIN);
+        return Err(D::Error::custom(format!("a drain lasts at most {most}")));
+    }
+    Ok(timeout)
+}
+
+/// Namespaces, and not too many policies in them.
+fn bounded<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Namespaces, D::Error> {
+    let namespaces = Namespaces::deserialize(deserializer)?;
+    let policies: usize = namespaces.values().map(|namespace| namespace.policies.len()).sum();
+    if policies > limits::POLICIES {
+        return Err(D::Error::custom(format!(
+            "{policies} policies, and a server holds at most {}",
+            limits::POLICIES
+        )));
+    }
+    Ok(namespaces)
+}
+
+const fn default_listen() -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 3873)
+}
+
+const fn default_ops_listen() -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 3874)
+}
+
+const fn default_drain_timeout() -> Duration {
+    Duration::from_secs(10)
+}
+
+/// Durations as people write them: `250ms`, `10s`, `1h 30m`.
+mod duration {
+    use super::{Deserialize, Deserializer, Duration, Serializer};
+    use serde::de::Error as _;
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(d)?;
+        humantime::parse_duration(&text).map_err(|error| {
+            D::Error::custom(format!(
+                "`{text}` is not a duration such as 250ms, 10s or 1h: {error}"
+            ))
+        })
+    }
+
+    pub(super) fn serialize<S: Serializer>(duration: &Duration, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(&humantime::format_duration(*duration))
+    }
+}

@@ -1,0 +1,97 @@
+//! The gRPC service: parses, asks the app, and answers.
+
+pub mod calls;
+mod parse;
+mod respond;
+mod status;
+
+use std::sync::Arc;
+
+use fusebox_proto::v1::{
+    AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, ReportRequest,
+    ReportResponse, resilience_server::Resilience,
+};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    app::{Acquired, App, Caller, Principal},
+    lifecycle::{Lifecycle, Phase},
+    storage::{Answer, StorageError},
+};
+
+/// `fusebox.v1.Resilience`.
+pub struct Service {
+    lifecycle: Arc<Lifecycle>,
+}
+
+impl Service {
+    /// A service that answers once `lifecycle` is ready.
+    pub fn new(lifecycle: Arc<Lifecycle>) -> Self {
+        Self { lifecycle }
+    }
+
+    /// The app, and who calls it at this one moment.
+    fn arrive(&self) -> Result<(&Arc<App>, Caller), Status> {
+        match (self.lifecycle.app(), self.lifecycle.phase()) {
+            (Some(app), Phase::Ready | Phase::Draining) => {
+                Ok((app, app.caller(Principal::Anonymous)))
+            }
+            (_, Phase::Failed) => Err(Status::unavailable(
+                "the storage failed, and nothing is admitted until the server restarts",
+            )),
+            _ => Err(Status::unavailable("starting: state is being recovered; try again soon")),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Resilience for Service {
+    async fn acquire(
+        &self,
+        request: Request<AcquireRequest>,
+    ) -> Result<Response<AcquireResponse>, Status> {
+        let (app, caller) = self.arrive()?;
+        let acquire = parse::acquire(request.get_ref())?;
+        let answer = app.acquire(caller, &acquire).map_err(|error| status::acquire(&error, ""))?;
+        Ok(Response::new(respond::acquired(&settled(answer).await?)))
+    }
+
+    async fn acquire_batch(
+        &self,
+        request: Request<AcquireBatchRequest>,
+    ) -> Result<Response<AcquireBatchResponse>, Status> {
+        let (app, caller) = self.arrive()?;
+        let entries = parse::batch(request.get_ref())?;
+        let answers = app.acquire_batch(caller, &entries).map_err(|batch| {
+            let entry = batch.entry.map(|entry| format!("requests[{entry}]."));
+            status::acquire(&batch.error, &entry.unwrap_or_default())
+        })?;
+        let mut responses = Vec::with_capacity(answers.len());
+        for answer in answers {
+            responses.push(respond::acquired(&settled(answer).await?));
+        }
+        Ok(Response::new(AcquireBatchResponse { responses }))
+    }
+
+    async fn report(
+        &self,
+        request: Request<ReportRequest>,
+    ) -> Result<Response<ReportResponse>, Status> {
+        let (app, caller) = self.arrive()?;
+        let request = request.get_ref();
+        let outcomes = parse::report(request)?;
+        let results = app
+            .report(caller, &request.namespace, &outcomes)
+            .await
+            .map_err(|error| status::acquire(&error, ""))?;
+        Ok(Response::new(respond::reported(&results)))
+    }
+}
+
+async fn settled(answer: Answer<Acquired>) -> Result<Acquired, Status> {
+    let acquired = match answer {
+        Answer::Now(acquired) => Ok(acquired),
+        Answer::Later(later) => later.await.unwrap_or_else(|_| Err(StorageError::gone())),
+    };
+    acquired.map_err(|error| status::acquire(&error.into(), ""))
+}

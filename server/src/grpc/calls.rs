@@ -1,0 +1,227 @@
+//! What every call passes through, whatever service it is for: its time limit, its place in the metrics,
+//! and the end of endless streams when the server drains.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body::Frame;
+use hyper::body::Incoming;
+use pin_project_lite::pin_project;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::{Code, Status, body::Body, service::Routes};
+use tower::ServiceExt;
+
+use super::status;
+use crate::{
+    clock::Clock,
+    limits,
+    metrics::{MethodDurations, Metrics},
+};
+
+const GRPC_STATUS: &str = "grpc-status";
+const GRPC_TIMEOUT: &str = "grpc-timeout";
+
+/// Every method served, the hot one first, and whether its answer is a stream.
+const METHODS: [(&str, bool); 8] = [
+    ("fusebox.v1.Resilience/Acquire", false),
+    ("fusebox.v1.Resilience/AcquireBatch", false),
+    ("fusebox.v1.Resilience/Report", false),
+    ("grpc.health.v1.Health/Check", false),
+    ("grpc.health.v1.Health/Watch", true),
+    ("grpc.reflection.v1.ServerReflection/ServerReflectionInfo", true),
+    ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", true),
+    // Anything else: callers must not be able to make up label values.
+    ("_OTHER", false),
+];
+
+/// Every gRPC service behind what all calls have in common.
+#[derive(Clone)]
+pub struct Calls {
+    routes: Routes,
+    clock: Arc<dyn Clock>,
+    methods: Arc<[MethodDurations]>,
+    draining: CancellationToken,
+}
+
+impl Calls {
+    /// Serves `routes`; endless streams end when `draining` is cancelled.
+    pub fn new(
+        routes: Routes,
+        clock: Arc<dyn Clock>,
+        metrics: &Metrics,
+        draining: CancellationToken,
+    ) -> Self {
+        let methods = METHODS.iter().map(|(name, _)| metrics.method(name)).collect();
+        Self { routes, clock, methods, draining }
+    }
+}
+
+impl hyper::service::Service<Request<Incoming>> for Calls {
+    type Response = Response<CallBody>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let path = request.uri().path().trim_start_matches('/');
+        let known = METHODS.iter().position(|(name, _)| *name == path);
+        let method = known.unwrap_or(METHODS.len() - 1);
+        let streams = METHODS[method].1;
+        let mut call = Call {
+            clock: Arc::clone(&self.clock),
+            methods: Arc::clone(&self.methods),
+            method,
+            started: self.clock.monotonic(),
+            code: Code::Cancelled,
+        };
+        let routes = self.routes.clone();
+        let draining = streams.then(|| Box::pin(self.draining.clone().cancelled_owned()));
+        Box::pin(async move {
+            let response = if streams {
+                infallible(routes.oneshot(request).await)
+            } else {
+                let time = timeout(request.headers());
+                tokio::time::timeout(time, routes.oneshot(request)).await.map_or_else(
+                    |_| Status::deadline_exceeded("the time for this call is over").into_http(),
+                    infallible,
+                )
+            };
+            let (mut head, inner) = response.into_parts();
+            if let Some(code) = code_in(&head.headers) {
+                call.code = status::corrected(code);
+                head.headers.insert(GRPC_STATUS, HeaderValue::from(call.code as i32));
+            }
+            Ok(Response::from_parts(head, CallBody { inner, call, draining }))
+        })
+    }
+}
+
+/// A call that is being answered: counted when it is dropped, however that comes about.
+struct Call {
+    clock: Arc<dyn Clock>,
+    methods: Arc<[MethodDurations]>,
+    method: usize,
+    started: Duration,
+    /// How it ended; cancelled until it has.
+    code: Code,
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let duration = self.clock.monotonic().saturating_sub(self.started);
+        self.methods[self.method].record(duration, self.code);
+    }
+}
+
+pin_project! {
+    /// The body of an answer: sees its status go by.
+    pub struct CallBody {
+        #[pin]
+        inner: Body,
+        call: Call,
+        // Only of a stream, which may have no end of its own.
+        draining: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+    }
+}
+
+impl http_body::Body for CallBody {
+    type Data = <Body as http_body::Body>::Data;
+    type Error = Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Status>>> {
+        let this = self.project();
+        let Poll::Ready(frame) = this.inner.poll_frame(cx) else {
+            let Some(draining) = this.draining else { return Poll::Pending };
+            ready!(draining.as_mut().poll(cx));
+            *this.draining = None;
+            this.call.code = Code::Unavailable;
+            let status = Status::unavailable("draining: connect again");
+            let mut trailers = HeaderMap::new();
+            status.add_header(&mut trailers)?;
+            return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+        };
+        if let Some(code) = frame
+            .as_ref()
+            .and_then(|frame| frame.as_ref().ok())
+            .and_then(Frame::trailers_ref)
+            .and_then(code_in)
+        {
+            this.call.code = code;
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+fn infallible<T>(result: Result<T, Infallible>) -> T {
+    let Ok(value) = result;
+    value
+}
+
+fn code_in(headers: &HeaderMap) -> Option<Code> {
+    headers.get(GRPC_STATUS).map(|code| Code::from_bytes(code.as_bytes()))
+}
+
+/// The time that a client gives the call, at most [`limits::CALL_TIME`].
+///
+/// The header is at most eight digits and a unit (gRPC over HTTP/2, "Timeout"); another is as none.
+fn timeout(headers: &HeaderMap) -> Duration {
+    let parse = |text: &str| {
+        let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+        if digits.is_empty()
+            || digits.len() > 8
+            || !digits.bytes().all(|digit| digit.is_ascii_digit())
+        {
+            return None;
+        }
+        let amount = digits.parse().ok()?;
+        Some(match unit {
+            "H" => Duration::from_secs(amount * 3_600),
+            "M" => Duration::from_secs(amount * 60),
+            "S" => Duration::from_secs(amount),
+            "m" => Duration::from_millis(amount),
+            "u" => Duration::from_micros(amount),
+            "n" => Duration::from_nanos(amount),
+            _ => return None,
+        })
+    };
+    let header = headers.get(GRPC_TIMEOUT).and_then(|value| value.to_str().ok());
+    header.and_then(parse).map_or(limits::CALL_TIME, |time| time.min(limits::CALL_TIME))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_sets_its_own_time_but_not_a_longer_one() {
+        let timeout_of = |text: &'static str| {
+            timeout(&HeaderMap::from_iter([(
+                http::HeaderName::from_static(GRPC_TIMEOUT),
+                HeaderValue::from_static(text),
+            )]))
+        };
+        assert_eq!(timeout_of("250m"), Duration::from_millis(250));
+        assert_eq!(timeout_of("1S"), Duration::from_secs(1));
+        assert_eq!(timeout_of("99999999H"), limits::CALL_TIME);
+        for not_a_timeout in ["", "S", "1", "1x", "+1S", "999999999S", "\u{e9}"] {
+            assert_eq!(timeout_of(not_a_timeout), limits::CALL_TIME, "{not_a_timeout}");
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Every limit of the server, and why it is what it is.
+//!
+//! Queues, maps, messages and waits all end somewhere; this is the one table of where.
+
+use std::time::Duration;
+
+/// Asks in one Acquire: what one call can reasonably be subject to.
+pub const ASKS: usize = fusebox_core::MAX_RULES;
+
+/// Acquires in one batch: a millisecond or so of work, so that no batch holds up its neighbours.
+pub const BATCH_REQUESTS: usize = 1_000;
+
+/// Asks in one batch, over all its Acquires: as above.
+pub const BATCH_ASKS: usize = 4_096;
+
+/// Outcomes in one report: as a batch.
+pub const REPORT_OUTCOMES: usize = 1_000;
+
+/// Bytes of one message from a client: four times the largest sensible batch.
+pub const MESSAGE_BYTES: usize = 1024 * 1024;
+
+/// Bytes of a key: long enough for a URL path or a token's hash, short enough to copy without thought.
+pub const KEY_BYTES: usize = 256;
+
+/// Bytes of the name of a namespace or policy: a DNS label, so that it fits metric labels and file names.
+pub const NAME_BYTES: usize = 63;
+
+/// Bytes of a grant id: three times what this server gives out.
+pub const GRANT_ID_BYTES: usize = 128;
+
+/// Field violations told for one request: enough to mend it, too few to make errors expensive.
+pub const VIOLATIONS: usize = 16;
+
+/// Policies of one server: each is a few metric series, and scrapes must stay small.
+pub const POLICIES: usize = 10_000;
+
+/// Bytes of a configuration file: ten thousand policies at a hundred bytes, four times over.
+pub const CONFIG_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Live cells: at 64 bytes and a hash table's slack about 1.2 GB. Past it new keys are refused with
+/// `RESOURCE_EXHAUSTED`; those that live are served on.
+pub const CELLS: usize = 10_000_000;
+
+/// Open grants: about 150 MB. Past it estimated asks are refused with `RESOURCE_EXHAUSTED`.
+pub const OPEN_GRANTS: usize = 1_000_000;
+
+/// Settled grants remembered, to tell a repeated report from a wrong one; oldest out.
+pub const SETTLED_GRANTS: usize = 65_536;
+
+/// Life of an open estimate: longer than the slowest call that estimates are made for (a streamed answer
+/// of a model), short enough that a lost caller's part of the bucket is back in minutes.
+pub const ESTIMATE_LIFE: Duration = Duration::from_secs(600);
+
+/// Connections of the gRPC port: past it a new one is closed at once, so that its client fails over.
+pub const GRPC_CONNECTIONS: usize = 10_000;
+
+/// Connections of the operations port: probes and scrapers are few.
+pub const OPS_CONNECTIONS: usize = 64;
+
+/// Calls at once on one connection: a client that wants more opens another.
+pub const STREAMS_PER_CONNECTION: u32 = 1_024;
+
+/// Bytes of the headers of one call.
+pub const HEADER_BYTES: u32 = 16 * 1024;
+
+/// Calls that a client may cancel before we looked at them: tight deadlines cancel in bursts, and past
+/// this the whole connection is closed.
+pub const PENDING_RESETS: usize = 512;
+
+/// Wait for the first byte of a connection: a client speaks first, and at once.
+pub const FIRST_BYTE_WAIT: Duration = Duration::from_secs(10);
+
+/// Wait for the headers of a request on the operations port.
+pub const OPS_HEADER_WAIT: Duration = Duration::from_secs(10);
+
+/// Time for one unary call, its body included, for a client that sets no deadline or a later one: a
+/// decision takes microseconds, so this only ends calls whose message never arrives.
+pub const CALL_TIME: Duration = Duration::from_secs(30);
+
+/// Silence after which a connection is asked whether it is still there, and the wait for its answer.
+pub const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// Pause of the accept loop when the process is out of file descriptors or memory: without it the loop
+/// would spin.
+pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+
+/// Wait for probes and scrapes that are under way when all else is done.
+pub const OPS_DRAIN: Duration = Duration::from_secs(1);
+
+/// Longest drain: an orchestrator that waits longer than ten minutes is not one.
+pub const DRAIN: Duration = Duration::from_secs(600);
+
+/// With `durability: relaxed`, how far the disk may lag behind memory.
+pub const RELAXED_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Pause between two rounds of housekeeping. A round sweeps one shard of the cells and takes expired
+/// grants, so that neither ever stalls a request for longer than that.
+pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Expired grants taken in one round of housekeeping from each shard.
+pub const EXPIRED_PER_ROUND: usize = 1_024;
+
+/// Memory that sled may use as a cache: the cells live in our own memory, so it needs little.
+pub const SLED_CACHE_BYTES: u64 = 64 * 1024 * 1024;

@@ -1,0 +1,300 @@
+//! What the server counts, and how `/metrics` tells it.
+//!
+//! What a request counts are plain atomics that a scrape reads: counting neither allocates nor locks. The
+//! counters and gauges are observed by the OpenTelemetry meter. The histogram of call durations is a
+//! Prometheus one in the same registry, because every record of the meter's own takes a lock.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use crossbeam_utils::CachePadded;
+use fusebox_core::{Decision, Outcome, Reason};
+use opentelemetry::{KeyValue, metrics::MeterProvider};
+use opentelemetry_sdk::{
+    Resource,
+    metrics::{Instrument, SdkMeterProvider, Stream},
+};
+use prometheus::{Histogram, HistogramOpts, HistogramVec, Registry, TextEncoder};
+use tonic::Code;
+
+use crate::{lifecycle::Lifecycle, limits};
+
+/// Bounds of the buckets of call durations, in seconds: a decision takes microseconds.
+const DURATION_SECONDS: [f64; 14] = [
+    0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.1, 0.5,
+    2.5, 10.0,
+];
+
+/// What can become of one ask: label `decision` is the Acquire's, `reason` the ask's own.
+const DECISION_LABELS: [(&str, &str); 4] =
+    [("allow", ""), ("deny", ""), ("deny", "rate_limited"), ("deny", "blocked")];
+
+/// Decisions of one policy.
+#[derive(Debug, Default)]
+pub struct Decisions {
+    counts: CachePadded<[AtomicU64; DECISION_LABELS.len()]>,
+    debt_dropped: AtomicU64,
+}
+
+impl Decisions {
+    /// Counts what became of one ask of `decision`.
+    pub fn count(&self, decision: &Decision, outcome: Outcome) {
+        let index = match outcome {
+            _ if decision.allowed => 0,
+            Outcome::Allow => 1,
+            Outcome::Deny { reason: Reason::RateLimited, .. } => 2,
+            Outcome::Deny { reason: Reason::Blocked, .. } => 3,
+        };
+        self.counts[index].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts tokens of debt that were forgiven, because the cell owed as much as it may.
+    pub fn count_dropped_debt(&self, tokens: u64) {
+        self.debt_dropped.fetch_add(tokens, Ordering::Relaxed);
+    }
+}
+
+/// What the server counts that belongs to no policy.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Outcomes of reports by their result.
+    pub reports: ReportCounts,
+    /// Connections of the gRPC port.
+    pub grpc: ConnectionCounts,
+    /// Connections of the operations port.
+    pub ops: ConnectionCounts,
+}
+
+/// Outcomes of reports by their result.
+#[derive(Debug, Default)]
+pub struct ReportCounts {
+    /// Settled a grant.
+    pub applied: AtomicU64,
+    /// Came again.
+    pub duplicate: AtomicU64,
+    /// Named no open grant.
+    pub unknown: AtomicU64,
+}
+
+/// Connections of one port.
+#[derive(Debug, Default)]
+pub struct ConnectionCounts {
+    /// Open now.
+    pub open: AtomicI64,
+    /// Closed at once, because as many were open as may be.
+    pub refused: AtomicU64,
+}
+
+/// Everything that `/metrics` tells.
+pub struct Metrics {
+    registry: Registry,
+    /// Ends the meter's callbacks when dropped.
+    _provider: SdkMeterProvider,
+    durations: HistogramVec,
+}
+
+impl Metrics {
+    /// Registers every metric; what is asked at each scrape comes from `lifecycle` and `counters`.
+    ///
+    /// # Errors
+    /// If two metrics have one name, which is a mistake in this file.
+    pub fn new(
+        lifecycle: &Arc<Lifecycle>,
+        counters: &Arc<Counters>,
+    ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        let registry = Registry::new();
+        let exporter = opentelemetry_prometheus::exporter()
+            .with_registry(registry.clone())
+            .scope_info_enabled(false)
+            .build()?;
+        let provider = SdkMeterProvider::builder()
+            .with_reader(exporter)
+            .with_resource(Resource::builder().with_service_name("fusebox").build())
+            .with_view(|instrument: &Instrument| {
+                let series = limits::POLICIES * DECISION_LABELS.len();
+                let per_policy = ["fusebox_decisions", "fusebox_debt_dropped_tokens"];
+                per_policy
+                    .contains(&instrument.name())
+                    .then(|| Stream::builder().with_cardinality_limit(series).build().ok())?
+            })
+            .build();
+        observe(&provider, lifecycle, counters);
+
+        let durations = HistogramVec::new(
+            HistogramOpts::new(
+                "rpc_server_call_duration_seconds",
+                "Time from the headers of a call to the end of its answer",
+            )
+            .buckets(DURATION_SECONDS.to_vec()),
+            &["rpc_system_name", "rpc_method", "rpc_response_status_code"],
+        )?;
+        registry.register(Box::new(durations.clone()))?;
+        Ok(Self { registry, _provider: provider, durations })
+    }
+
+    /// The text that Prometheus scrapes.
+    ///
+    /// # Errors
+    /// If a metric cannot be told.
+    pub fn text(&self) -> Result<String, prometheus::Error> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+
+    /// Durations of calls of one method, `package.Service/Method`.
+    pub fn method(&self, method: &'static str) -> MethodDurations {
+        let ok = self.durations.with_label_values(&["grpc", method, code_label(Code::Ok)]);
+        MethodDurations { method, ok, all: self.durations.clone() }
+    }
+}
+
+/// Durations of the calls of one method.
+pub struct MethodDurations {
+    method: &'static str,
+    /// Looked up once: a call that ends well counts without a lock.
+    ok: Histogram,
+    all: HistogramVec,
+}
+
+impl MethodDurations {
+    /// Counts a call that took so long and ended so.
+    pub fn record(&self, duration: Duration, code: Code) {
+        let seconds = duration.as_secs_f64();
+        if code == Code::Ok {
+            self.ok.observe(seconds);
+        } else {
+            self.all.with_label_values(&["grpc", self.method, code_label(code)]).observe(seconds);
+        }
+    }
+}
+
+fn observe(provider: &SdkMeterProvider, lifecycle: &Arc<Lifecycle>, counters: &Arc<Counters>) {
+    let meter = provider.meter("fusebox");
+
+    let state = Arc::clone(lifecycle);
+    meter
+        .u64_observable_counter("fusebox_decisions")
+        .with_description(
+            "Asks by what became of them; `reason` is the ask's own, peeks are not counted",
+        )
+        .with_callback(move |observer| {
+            let Some(app) = state.app() else { return };
+            for policy in app.catalogue().policies() {
+                for (count, (decision, reason)) in
+                    policy.decisions.counts.iter().zip(DECISION_LABELS)
+                {
+                    let labels = [
+                        KeyValue::new("namespace", Arc::clone(&policy.namespace)),
+                        KeyValue::new("policy", Arc::clone(&policy.name)),
+                        KeyValue::new("decision", decision),
+                        KeyValue::new("reason", reason),
+                    ];
+                    observer.observe(count.load(Ordering::Relaxed), &labels);
+                }
+            }
+        })
+        .build();
+
+    let state = Arc::clone(lifecycle);
+    meter
+        .u64_observable_counter("fusebox_debt_dropped_tokens")
+        .with_description("Tokens above `max_debt` that estimates cost and nobody was charged for")
+        .with_callback(move |observer| {
+            let Some(app) = state.app() else { return };
+            for policy in app.catalogue().policies() {
+                let labels = [
+                    KeyValue::new("namespace", Arc::clone(&policy.namespace)),
+                    KeyValue::new("policy", Arc::clone(&policy.name)),
+                ];
+                observer.observe(policy.decisions.debt_dropped.load(Ordering::Relaxed), &labels);
+            }
+        })
+        .build();
+
+    let counts = Arc::clone(counters);
+    meter
+        .u64_observable_counter("fusebox_reports")
+        .with_description("Outcomes reported, by their result")
+        .with_callback(move |observer| {
+            let ReportCounts { applied, duplicate, unknown } = &counts.reports;
+            let results =
+                [("applied", applied), ("duplicate", duplicate), ("unknown_grant", unknown)];
+            for (result, count) in results {
+                observer.observe(count.load(Ordering::Relaxed), &[KeyValue::new("result", result)]);
+            }
+        })
+        .build();
+
+    let state = Arc::clone(lifecycle);
+    meter
+        .u64_observable_gauge("fusebox_live_cells")
+        .with_description("Keys that are not full, and so are remembered")
+        .with_callback(move |observer| {
+            if let Some(app) = state.app() {
+                observer.observe(app.live_cells() as u64, &[]);
+            }
+        })
+        .build();
+
+    let state = Arc::clone(lifecycle);
+    meter
+        .u64_observable_gauge("fusebox_open_grants")
+        .with_description("Grants that are neither settled nor expired")
+        .with_callback(move |observer| {
+            if let Some(app) = state.app() {
+                observer.observe(app.grants().open() as u64, &[]);
+            }
+        })
+        .build();
+
+    let counts = Arc::clone(counters);
+    meter
+        .i64_observable_gauge("fusebox_connections")
+        .with_description("Connections that are open")
+        .with_callback(move |observer| {
+            for (port, connections) in [("grpc", &counts.grpc), ("ops", &counts.ops)] {
+                let label = [KeyValue::new("port", port)];
+                observer.observe(connections.open.load(Ordering::Relaxed), &label);
+            }
+        })
+        .build();
+
+    let counts = Arc::clone(counters);
+    meter
+        .u64_observable_counter("fusebox_refused_connections")
+        .with_description("Connections closed at once, because as many were open as may be")
+        .with_callback(move |observer| {
+            for (port, connections) in [("grpc", &counts.grpc), ("ops", &counts.ops)] {
+                let label = [KeyValue::new("port", port)];
+                observer.observe(connections.refused.load(Ordering::Relaxed), &label);
+            }
+        })
+        .build();
+}
+
+/// The name of a code, as semantic conventions want it.
+fn code_label(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}

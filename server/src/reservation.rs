@@ -1,0 +1,49 @@
+//! A share of something bounded.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+/// A share of something bounded, counted as taken until dropped.
+#[derive(Debug)]
+#[must_use]
+pub struct Reservation {
+    taken: Arc<AtomicUsize>,
+    amount: usize,
+}
+
+impl Reservation {
+    /// `amount` more of what `taken` counts; `None` if that is above `capacity`.
+    pub fn of(taken: &Arc<AtomicUsize>, amount: usize, capacity: usize) -> Option<Self> {
+        let before = taken.fetch_add(amount, Ordering::Relaxed);
+        let reservation = Self { taken: Arc::clone(taken), amount };
+        (before + amount <= capacity).then_some(reservation)
+    }
+
+    /// Keeps one of the share for good: whoever has it now gives it back.
+    pub fn keep_one(&mut self) {
+        self.amount = self.amount.saturating_sub(1);
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.taken.fetch_sub(self.amount, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_kept_comes_back() {
+        let taken = Arc::new(AtomicUsize::new(0));
+        let mut three = Reservation::of(&taken, 3, 4).unwrap();
+        assert!(Reservation::of(&taken, 2, 4).is_none(), "a refusal takes nothing");
+        three.keep_one();
+        drop(three);
+        assert_eq!(taken.load(Ordering::Relaxed), 1);
+    }
+}

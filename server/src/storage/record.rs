@@ -1,0 +1,218 @@
+//! What is written to the journal: protobuf messages, so that they may grow.
+
+use std::time::Duration;
+
+use fusebox_core::{
+    Cell, Former, Formers, Limit, MAX_FORMERS, Policy, State, Time, TokenBucket, token_bucket,
+};
+use prost::{Message, Oneof};
+
+use crate::clock::ClockPair;
+
+/// Version of these records and their keys. A data directory of another version is not opened.
+pub(super) const FORMAT: u32 = 1;
+
+/// Facts of the data directory itself: one record.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Directory {
+    #[prost(uint32, tag = "1")]
+    pub(super) format: u32,
+    /// Key of the hash that names cells.
+    #[prost(bytes = "vec", tag = "2")]
+    pub(super) secret: Vec<u8>,
+    /// Number of the latest start.
+    #[prost(uint64, tag = "3")]
+    pub(super) boot: u64,
+}
+
+/// One moment on both clocks, rewritten with every commit.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(super) struct Clocks {
+    #[prost(uint64, tag = "1")]
+    server_nanos: u64,
+    #[prost(uint64, tag = "2")]
+    wall_nanos: u64,
+}
+
+/// A policy: what its cells call it, and the settings they were counted in.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PolicyRecord {
+    #[prost(string, tag = "1")]
+    pub(super) namespace: String,
+    #[prost(string, tag = "2")]
+    pub(super) name: String,
+    #[prost(uint32, tag = "3")]
+    pub(super) number: u32,
+    #[prost(uint32, tag = "4")]
+    revision: u32,
+    #[prost(message, optional, tag = "5")]
+    limit: Option<LimitRecord>,
+    #[prost(uint64, tag = "6")]
+    max_debt: u64,
+    #[prost(message, repeated, tag = "7")]
+    formers: Vec<FormerRecord>,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct FormerRecord {
+    #[prost(uint32, tag = "1")]
+    revision: u32,
+    #[prost(message, optional, tag = "2")]
+    limit: Option<LimitRecord>,
+    #[prost(uint64, tag = "3")]
+    until_nanos: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct LimitRecord {
+    #[prost(oneof = "KindRecord", tags = "1")]
+    kind: Option<KindRecord>,
+}
+
+#[derive(Clone, Copy, PartialEq, Oneof)]
+enum KindRecord {
+    #[prost(message, tag = "1")]
+    TokenBucket(TokenBucketRecord),
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct TokenBucketRecord {
+    #[prost(uint64, tag = "1")]
+    limit: u64,
+    #[prost(uint64, tag = "2")]
+    per_nanos: u64,
+    #[prost(uint64, tag = "3")]
+    burst: u64,
+}
+
+/// A cell of the policy of that number.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(super) struct CellRecord {
+    #[prost(uint32, tag = "1")]
+    pub(super) number: u32,
+    #[prost(uint32, tag = "2")]
+    revision: u32,
+    #[prost(oneof = "StateRecord", tags = "3")]
+    state: Option<StateRecord>,
+}
+
+#[derive(Clone, Copy, PartialEq, Oneof)]
+enum StateRecord {
+    #[prost(message, tag = "3")]
+    TokenBucket(TokenBucketState),
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct TokenBucketState {
+    #[prost(uint64, tag = "1")]
+    spent: u64,
+    #[prost(uint64, tag = "2")]
+    remainder: u64,
+    #[prost(uint64, tag = "3")]
+    at_nanos: u64,
+}
+
+impl Clocks {
+    pub(super) fn of(pair: ClockPair) -> Self {
+        Self {
+            server_nanos: pair.server.as_nanos(),
+            wall_nanos: u64::try_from(pair.wall.as_nanos()).unwrap_or(u64::MAX),
+        }
+    }
+
+    pub(super) fn pair(self) -> ClockPair {
+        ClockPair {
+            server: Time::from_nanos(self.server_nanos),
+            wall: Duration::from_nanos(self.wall_nanos),
+        }
+    }
+}
+
+impl PolicyRecord {
+    pub(super) fn of(namespace: &str, name: &str, number: u32, policy: &Policy) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            number,
+            revision: policy.revision,
+            limit: Some(LimitRecord::of(&policy.limit)),
+            max_debt: policy.max_debt,
+            formers: policy.formers.iter().map(FormerRecord::of).collect(),
+        }
+    }
+
+    /// The policy; `None` if the record makes no sense.
+    pub(super) fn policy(&self) -> Option<Policy> {
+        if self.formers.len() > MAX_FORMERS {
+            return None;
+        }
+        Some(Policy {
+            limit: self.limit?.limit()?,
+            revision: self.revision,
+            max_debt: self.max_debt,
+            formers: self.formers.iter().map(FormerRecord::former).collect::<Option<Formers>>()?,
+        })
+    }
+}
+
+impl FormerRecord {
+    fn of(former: &Former) -> Self {
+        Self {
+            revision: former.revision,
+            limit: Some(LimitRecord::of(&former.limit)),
+            until_nanos: former.until.as_nanos(),
+        }
+    }
+
+    fn former(&self) -> Option<Former> {
+        Some(Former {
+            revision: self.revision,
+            limit: self.limit?.limit()?,
+            until: Time::from_nanos(self.until_nanos),
+        })
+    }
+}
+
+impl LimitRecord {
+    fn of(limit: &Limit) -> Self {
+        let Limit::TokenBucket(bucket) = limit;
+        let kind = KindRecord::TokenBucket(TokenBucketRecord {
+            limit: bucket.limit(),
+            per_nanos: u64::try_from(bucket.per().as_nanos()).unwrap_or(u64::MAX),
+            burst: bucket.burst(),
+        });
+        Self { kind: Some(kind) }
+    }
+
+    fn limit(self) -> Option<Limit> {
+        let KindRecord::TokenBucket(TokenBucketRecord { limit, per_nanos, burst }) = self.kind?;
+        TokenBucket::new(limit, Duration::from_nanos(per_nanos), burst).ok().map(Limit::TokenBucket)
+    }
+}
+
+impl CellRecord {
+    /// What is out is not written: what a restart interrupts stays charged.
+    pub(super) fn of(number: u32, cell: Cell) -> Self {
+        let State::TokenBucket(state) = cell.state;
+        let state = StateRecord::TokenBucket(TokenBucketState {
+            spent: state.spent,
+            remainder: state.remainder,
+            at_nanos: state.at.as_nanos(),
+        });
+        Self { number, revision: cell.revision, state: Some(state) }
+    }
+
+    /// The cell; `None` if the record makes no sense.
+    pub(super) fn cell(self) -> Option<Cell> {
+        let StateRecord::TokenBucket(TokenBucketState { spent, remainder, at_nanos }) =
+            self.state?;
+        // What no cell can have: a burst and as much debt, and a part of one token.
+        let most_nanos = u64::try_from(token_bucket::MAX_PER.as_nanos()).ok()?;
+        if spent > 2 * token_bucket::MAX_TOKENS || remainder >= most_nanos {
+            return None;
+        }
+        let at = Time::from_nanos(at_nanos);
+        let state = token_bucket::State { spent, remainder, out: 0, at };
+        Some(Cell { revision: self.revision, state: State::TokenBucket(state) })
+    }
+}
