@@ -100,12 +100,18 @@ pub fn apply(rules: &Rules<'_>, charging: Charging, cells: &mut Cells, now: Time
     }
 
     if charging == Charging::AllOrNothing && !allowed {
-        // Nothing was charged, so each verdict tells its cell as it still is.
-        for (rule, verdict) in rules.iter().zip(&mut verdicts) {
+        // Nothing was charged, so each verdict tells its cell as it still is; a denial tells the wait for
+        // all that is asked of the cell, as only all of it would be charged.
+        for (index, (rule, verdict)) in rules.iter().zip(&mut verdicts).enumerate() {
+            let same_cell = rules[..=index].iter().filter(|other| other.cell == rule.cell);
+            let cost = same_cell.fold(0, |cost: u64, other| cost.saturating_add(other.ask.cost));
             let state = cells[rule.cell].map(|cell| rule.policy.current(cell));
-            let Level { remaining, reset_after } =
-                rule.policy.limit.plan(state, Ask { cost: 0, estimated: false }, now).before;
+            let plan = rule.policy.limit.plan(state, Ask { cost, estimated: false }, now);
+            let Level { remaining, reset_after } = plan.before;
             (verdict.remaining, verdict.reset_after) = (remaining, reset_after);
+            if verdict.outcome != Outcome::Allow {
+                verdict.outcome = plan.outcome;
+            }
         }
     } else {
         *cells = planned;

@@ -1,0 +1,25 @@
+//! Asks a server once, and prints what it says: `acquire POLICY KEY COST [ADDRESS [NAMESPACE]]`.
+
+use std::env;
+
+use fusebox_client::{Ask, Client};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let [policy, key, cost, rest @ ..] = arguments.as_slice() else {
+        return Err("usage: acquire POLICY KEY COST [ADDRESS [NAMESPACE]]".into());
+    };
+    let address = rest.first().map_or("http://127.0.0.1:3873", String::as_str);
+    let namespace = rest.get(1).map_or("demo", String::as_str);
+
+    let client = Client::connect(address, namespace).await?;
+    let acquired = client.acquire([Ask::new(policy, key).cost(cost.parse()?)]).await?;
+    let verdict = acquired.verdicts.first().ok_or("no verdict")?;
+    match (acquired.allowed, acquired.retry_after()) {
+        (true, _) => println!("allowed; {} left", verdict.remaining.unwrap_or_default()),
+        (false, Some(wait)) => println!("denied; again in {wait:?}"),
+        (false, None) => println!("denied, for good"),
+    }
+    Ok(())
+}

@@ -1,0 +1,96 @@
+//! The connection, and what goes wrong with it.
+
+use std::time::Duration;
+
+use fusebox_proto::v1::{AcquireRequest, ReportRequest, resilience_client::ResilienceClient};
+use thiserror::Error;
+use tonic::{
+    Request, Status,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{Acquired, Ask, Outcome, Reported};
+
+/// Wait for a connection: a server that is there answers in a fraction of it.
+const CONNECT_TIME: Duration = Duration::from_secs(5);
+
+/// Wait for an answer: a decision takes microseconds, so this only ends calls that are lost.
+const CALL_TIME: Duration = Duration::from_secs(5);
+
+/// Asks one server about the policies of one namespace. Clones share the connection.
+#[derive(Clone, Debug)]
+pub struct Client {
+    inner: ResilienceClient<Channel>,
+    namespace: String,
+}
+
+/// Why there is no answer. Never a denial: that is an answer.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// There is no connection to the server.
+    #[error("cannot connect: {0}")]
+    Connect(#[from] tonic::transport::Error),
+    /// The server could not decide; its message says why.
+    #[error("{:?}: {}", .0.code(), .0.message())]
+    Status(#[from] Box<Status>),
+    /// The answer is not one that this client understands.
+    #[error("the server answered {0}")]
+    Answer(&'static str),
+}
+
+impl Client {
+    /// Connects to a server, such as `http://127.0.0.1:3873`.
+    ///
+    /// # Errors
+    /// If the address is not one, or nobody answers there within five seconds.
+    pub async fn connect(
+        endpoint: impl Into<String>,
+        namespace: impl Into<String>,
+    ) -> Result<Self, Error> {
+        let endpoint = Endpoint::from_shared(endpoint.into())?
+            .connect_timeout(CONNECT_TIME)
+            .timeout(CALL_TIME)
+            .tcp_nodelay(true);
+        let channel = endpoint.connect().await?;
+        Ok(Self { inner: ResilienceClient::new(channel), namespace: namespace.into() })
+    }
+
+    /// Asks for 1 to 16 things together: all are charged, or none is.
+    ///
+    /// # Errors
+    /// If there is no decision. [`Error::Status`] with `UNAVAILABLE`, `DEADLINE_EXCEEDED` or `CANCELLED` is
+    /// "not admitted, perhaps charged"; every other code charged nothing.
+    pub async fn acquire(&self, asks: impl IntoIterator<Item = Ask>) -> Result<Acquired, Error> {
+        let asks = asks.into_iter().map(Into::into).collect();
+        let request =
+            AcquireRequest { namespace: self.namespace.clone(), asks, ..Default::default() };
+        let response = self.inner.clone().acquire(timed(request)).await.map_err(Box::new)?;
+        Acquired::try_from(response.into_inner()).map_err(Error::Answer)
+    }
+
+    /// Tells how granted calls went; answers for each, in order.
+    ///
+    /// # Errors
+    /// If the server could not take the report.
+    pub async fn report(
+        &self,
+        outcomes: impl IntoIterator<Item = Outcome>,
+    ) -> Result<Vec<Reported>, Error> {
+        let outcomes = outcomes.into_iter().map(Into::into).collect();
+        let request =
+            ReportRequest { namespace: self.namespace.clone(), outcomes, ..Default::default() };
+        let response = self.inner.clone().report(timed(request)).await.map_err(Box::new)?;
+        let results = response.into_inner().results;
+        results
+            .into_iter()
+            .map(|result| Reported::try_from(result).map_err(Error::Answer))
+            .collect()
+    }
+}
+
+/// The server should not work on what the client no longer waits for.
+fn timed<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL_TIME);
+    request
+}

@@ -1,0 +1,110 @@
+//! A journal that forgets what was not synced, and fails on command.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use fusebox_server::storage::journal::{
+    Batch, Journal, JournalError, Keyspace, OpenJournal, Visit,
+};
+use parking_lot::{Mutex, MutexGuard};
+
+type Records = BTreeMap<(Keyspace, Vec<u8>), Vec<u8>>;
+
+/// A disk of its own: it outlives the servers that write to it.
+#[derive(Default)]
+pub struct Simulated {
+    disk: Arc<Mutex<Disk>>,
+}
+
+#[derive(Default)]
+struct Disk {
+    written: Records,
+    synced: Records,
+    failing: bool,
+    /// Counts the losses of power: who opened the disk before one cannot write after it.
+    life: u64,
+}
+
+/// The disk, as one life of a server has it open.
+struct Open {
+    disk: Arc<Mutex<Disk>>,
+    life: u64,
+}
+
+impl Simulated {
+    /// Opens this disk, as often as wanted.
+    pub fn open(&self) -> OpenJournal {
+        let disk = Arc::clone(&self.disk);
+        Box::new(move || {
+            let life = disk.lock().life;
+            Ok(Box::new(Open { disk, life }))
+        })
+    }
+
+    /// The power goes: what was not synced is gone, and whoever has the disk open is, too.
+    pub fn lose_power(&self) {
+        let mut disk = self.disk.lock();
+        disk.life += 1;
+        disk.written = disk.synced.clone();
+    }
+
+    /// From now on every write fails.
+    pub fn fail(&self) {
+        self.disk.lock().failing = true;
+    }
+
+    /// Overwrites the first record of a keyspace.
+    pub fn corrupt(&self, keyspace: Keyspace) {
+        let mut disk = self.disk.lock();
+        let record = disk.written.iter_mut().find(|((of, _), _)| *of == keyspace);
+        *record.expect("a record to corrupt").1 = vec![0xff; 7];
+    }
+
+    /// Number of records in a keyspace.
+    pub fn records(&self, keyspace: Keyspace) -> usize {
+        self.disk.lock().written.keys().filter(|(of, _)| *of == keyspace).count()
+    }
+}
+
+impl Open {
+    fn alive(&self) -> Result<MutexGuard<'_, Disk>, JournalError> {
+        let disk = self.disk.lock();
+        if disk.failing || disk.life != self.life {
+            return Err(JournalError::Io { action: "write", cause: "told to fail".into() });
+        }
+        Ok(disk)
+    }
+}
+
+impl Journal for Open {
+    fn keeps(&self) -> bool {
+        true
+    }
+
+    fn get(&self, keyspace: Keyspace, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
+        Ok(self.disk.lock().written.get(&(keyspace, key.to_vec())).cloned())
+    }
+
+    fn scan(&self, keyspace: Keyspace, visit: &mut Visit<'_>) -> Result<(), JournalError> {
+        let disk = self.disk.lock();
+        let records = disk.written.iter().filter(|((of, _), _)| *of == keyspace);
+        records.into_iter().try_for_each(|((_, key), value)| visit(key, value))
+    }
+
+    fn commit(&mut self, batch: Batch) -> Result<(), JournalError> {
+        let mut disk = self.alive()?;
+        for write in batch.writes {
+            let key = (write.keyspace, write.key);
+            match write.value {
+                Some(value) => disk.written.insert(key, value),
+                None => disk.written.remove(&key),
+            };
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<(), JournalError> {
+        let mut disk = self.alive()?;
+        disk.synced = disk.written.clone();
+        Ok(())
+    }
+}

@@ -1,0 +1,148 @@
+//! A whole server in this process.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use fusebox_client::Client;
+use fusebox_proto::v1::resilience_client::ResilienceClient;
+use fusebox_server::{
+    config::Config,
+    run::{self, Listeners, Parts, RunError},
+    storage::journal::{Nothing, OpenJournal},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+use crate::{Counting, ManualClock, Simulated};
+
+/// A server on free ports of this machine.
+pub struct Server {
+    /// Where gRPC is served.
+    pub grpc: SocketAddr,
+    /// Where the operations' HTTP is served.
+    pub ops: SocketAddr,
+    /// Its time.
+    pub clock: Arc<ManualClock>,
+    shutdown: CancellationToken,
+    running: JoinHandle<Result<(), RunError>>,
+}
+
+impl Server {
+    /// Starts a server that keeps nothing, and waits until it is ready.
+    pub async fn start(config: &str) -> Self {
+        Self::start_on(Box::new(|| Ok(Box::new(Nothing))), Arc::default(), config).await
+    }
+
+    /// Starts a server on a journal, and waits until it is ready.
+    pub async fn start_on(journal: OpenJournal, clock: Arc<ManualClock>, config: &str) -> Self {
+        let mut server = Self::begin(journal, clock, config).await;
+        let mut watch = HealthClient::new(server.channel().await)
+            .watch(HealthCheckRequest { service: "fusebox.v1.Resilience".into() })
+            .await
+            .expect("health can be watched")
+            .into_inner();
+        loop {
+            tokio::select! {
+                health = watch.message() => {
+                    let health = health.expect("health goes on").expect("health has no end");
+                    if health.status() == ServingStatus::Serving {
+                        return server;
+                    }
+                }
+                ended = &mut server.running => panic!("the server ended: {ended:?}"),
+            }
+        }
+    }
+
+    /// Starts a server, ready or not.
+    pub async fn begin(journal: OpenJournal, clock: Arc<ManualClock>, config: &str) -> Self {
+        let config = Config::parse("test.yaml", config).expect("a configuration");
+        let listeners = Listeners {
+            grpc: TcpListener::bind("127.0.0.1:0").await.expect("a free port"),
+            ops: TcpListener::bind("127.0.0.1:0").await.expect("a free port"),
+        };
+        let (grpc, ops) =
+            (listeners.grpc.local_addr().unwrap(), listeners.ops.local_addr().unwrap());
+        let shutdown = CancellationToken::new();
+        let running = tokio::spawn(run::run(Parts {
+            namespaces: config.namespaces,
+            drain_timeout: config.drain_timeout,
+            listeners,
+            clock: Arc::clone(&clock) as Arc<_>,
+            entropy: Arc::new(Counting::default()),
+            journal,
+            shutdown: shutdown.clone(),
+        }));
+        Self { grpc, ops, clock, shutdown, running }
+    }
+
+    /// A connection to the gRPC port.
+    pub async fn channel(&self) -> Channel {
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.grpc)).unwrap();
+        endpoint.connect().await.expect("the server accepts connections")
+    }
+
+    /// The messages themselves.
+    pub async fn raw(&self) -> ResilienceClient<Channel> {
+        ResilienceClient::new(self.channel().await)
+    }
+
+    /// The client that users link.
+    pub async fn client(&self, namespace: &str) -> Client {
+        let address = format!("http://{}", self.grpc);
+        Client::connect(address, namespace).await.expect("the server accepts connections")
+    }
+
+    /// Status and body of a path of the operations port.
+    pub async fn http(&self, path: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(self.ops).await.expect("the operations port answers");
+        let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+        (status.expect("a status"), body.to_owned())
+    }
+
+    /// Moves time on.
+    pub fn advance(&self, by: Duration) {
+        self.clock.advance(by);
+    }
+
+    /// Asks the server to end, without waiting.
+    pub fn ask_to_stop(&self) {
+        self.shutdown.cancel();
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// As [`run::run`].
+    pub async fn ended(self) -> Result<(), RunError> {
+        self.running.await.expect("the server does not panic")
+    }
+
+    /// Asks the server to end, and waits for it.
+    ///
+    /// # Errors
+    /// As [`run::run`].
+    pub async fn stop(self) -> Result<(), RunError> {
+        self.ask_to_stop();
+        self.ended().await
+    }
+
+    /// Ends the server as a loss of power does: of its journal only what was synced is left.
+    pub async fn lose_power(self, journal: &Simulated) {
+        journal.lose_power();
+        self.running.abort();
+        let _ = self.running.await;
+    }
+}

@@ -1,0 +1,305 @@
+//! The engines that the scripts are run against.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt::Write,
+    sync::Arc,
+    time::Duration,
+};
+
+use fusebox_core::{
+    Ask, Cell, Cells, Charging, Decision, Formers, Kind, Limit, Policy, Rule, Time, TokenBucket,
+};
+use fusebox_server::{
+    catalogue::{self, Catalogue, CellHasher},
+    config::Config,
+    storage::{
+        self, Answer, CellAsk, Charge, Embedded, Recovered, Settlement, Storage, journal::Sled,
+    },
+};
+use fusebox_tests::{Counting, ManualClock};
+
+/// Policies by name: the bucket and the most debt.
+pub type Policies = BTreeMap<String, (TokenBucket, u64)>;
+
+/// What is charged.
+#[derive(Clone, Copy)]
+pub struct Named<'a> {
+    pub policy: &'a str,
+    pub key: &'a str,
+}
+
+/// Something that decides. Its time starts at zero.
+pub trait Engine {
+    /// The policies from now on.
+    fn policies(&mut self, policies: &Policies);
+    fn acquire(&mut self, asks: &[(Named<'_>, Ask)], charging: Charging) -> Decision;
+    /// Refunded, owed and dropped.
+    fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64);
+    fn advance(&mut self, by: Duration);
+    fn restart(&mut self);
+    fn cells(&mut self) -> usize;
+}
+
+/// The core alone, over a map.
+#[derive(Default)]
+pub struct Core {
+    policies: BTreeMap<String, Policy>,
+    cells: HashMap<(String, String), Cell>,
+    now: Time,
+}
+
+impl Engine for Core {
+    fn policies(&mut self, policies: &Policies) {
+        revise(&mut self.policies, policies, self.now);
+    }
+
+    fn acquire(&mut self, asks: &[(Named<'_>, Ask)], charging: Charging) -> Decision {
+        let mut names = Vec::new();
+        let rules = asks.iter().map(|(named, ask)| {
+            let name = (named.policy.to_owned(), named.key.to_owned());
+            let cell = names.iter().position(|known| *known == name).unwrap_or_else(|| {
+                names.push(name);
+                names.len() - 1
+            });
+            Rule { cell, policy: &self.policies[named.policy], ask: *ask }
+        });
+        let rules = rules.collect();
+        let mut cells: Cells = names.iter().map(|name| self.cells.get(name).copied()).collect();
+        let decision = fusebox_core::apply(&rules, charging, &mut cells, self.now);
+        for (name, cell) in names.into_iter().zip(cells) {
+            if let Some(cell) = cell {
+                self.cells.insert(name, cell);
+            }
+        }
+        decision
+    }
+
+    fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64) {
+        let name = (named.policy.to_owned(), named.key.to_owned());
+        let mut cell = self.cells.get(&name).copied();
+        let policy = &self.policies[named.policy];
+        let settled = fusebox_core::settle(policy, &mut cell, charged, actual, self.now);
+        if let Some(cell) = cell {
+            self.cells.insert(name, cell);
+        }
+        (settled.refunded, settled.owed, settled.dropped)
+    }
+
+    fn advance(&mut self, by: Duration) {
+        self.now = self.now.after(by);
+    }
+
+    fn restart(&mut self) {
+        for ((policy, _), cell) in &mut self.cells {
+            let policy = &self.policies[policy];
+            let state = policy.limit.revive(policy.limit.mark(policy.current(*cell), 0), self.now);
+            *cell = Cell { revision: policy.revision, state };
+        }
+    }
+
+    fn cells(&mut self) -> usize {
+        let (policies, now) = (&self.policies, self.now);
+        self.cells.retain(|(policy, _), cell| {
+            policies[policy].full_at(*cell).is_none_or(|full_at| full_at > now)
+        });
+        self.cells.len()
+    }
+}
+
+/// The cells of the server, in memory.
+pub struct Memory {
+    policies: BTreeMap<String, Policy>,
+    cells: Embedded,
+    now: Time,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { policies: BTreeMap::new(), cells: Embedded::new(false, 1_000), now: Time::ZERO }
+    }
+}
+
+impl Memory {
+    /// The policies as the server has them, numbered by name.
+    fn catalogue(&self) -> Catalogue {
+        let numbered = (0..).zip(&self.policies).map(|(number, (name, rule))| {
+            Arc::new(catalogue::Policy {
+                namespace: "spec".into(),
+                name: name.as_str().into(),
+                number,
+                rule: rule.clone(),
+                cells: CellHasher::new(&[0; 16], "spec", name),
+                decisions: Arc::default(),
+            })
+        });
+        Catalogue::new(1, numbered.collect(), &vec![true; self.policies.len()])
+    }
+}
+
+impl Engine for Memory {
+    fn policies(&mut self, policies: &Policies) {
+        revise(&mut self.policies, policies, self.now);
+    }
+
+    fn acquire(&mut self, asks: &[(Named<'_>, Ask)], charging: Charging) -> Decision {
+        acquire(&self.cells, &self.catalogue(), asks, charging, self.now)
+    }
+
+    fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64) {
+        settle(&self.cells, &self.catalogue(), named, charged, actual, self.now)
+    }
+
+    fn advance(&mut self, by: Duration) {
+        self.now = self.now.after(by);
+    }
+
+    fn restart(&mut self) {
+        panic!("memory does not survive a restart: such scripts are not in specs/cells");
+    }
+
+    fn cells(&mut self) -> usize {
+        tend(&self.cells, &self.catalogue(), self.now)
+    }
+}
+
+/// The server's storage on real sled: a change of policies is a restart with another configuration.
+pub struct OnSled {
+    directory: tempfile::TempDir,
+    clock: Arc<ManualClock>,
+    configuration: String,
+    running: Option<Recovered>,
+}
+
+impl Default for OnSled {
+    fn default() -> Self {
+        Self {
+            directory: tempfile::tempdir().expect("a directory"),
+            clock: Arc::default(),
+            configuration: String::new(),
+            running: None,
+        }
+    }
+}
+
+impl OnSled {
+    fn running(&mut self) -> &mut Recovered {
+        self.running.as_mut().expect("a policy first")
+    }
+}
+
+impl Engine for OnSled {
+    fn policies(&mut self, policies: &Policies) {
+        self.configuration = "namespaces: {spec: {policies: {\n".into();
+        for (name, (bucket, max_debt)) in policies {
+            let (limit, per, burst) = (bucket.limit(), bucket.per().as_nanos(), bucket.burst());
+            writeln!(
+                self.configuration,
+                "{name}: {{token_bucket: {{limit: {limit}, per: {per}ns, burst: {burst}}}, \
+                 max_debt: {max_debt}}},"
+            )
+            .unwrap();
+        }
+        self.configuration += "}}}";
+        self.restart();
+    }
+
+    fn acquire(&mut self, asks: &[(Named<'_>, Ask)], charging: Charging) -> Decision {
+        let running = self.running();
+        let now = running.clock.now();
+        let decision = acquire(&*running.cells, &running.catalogue, asks, charging, now);
+        running.writer.round().expect("sled writes");
+        decision
+    }
+
+    fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64) {
+        let running = self.running();
+        let now = running.clock.now();
+        settle(&*running.cells, &running.catalogue, named, charged, actual, now)
+    }
+
+    fn advance(&mut self, by: Duration) {
+        self.clock.advance(by);
+    }
+
+    fn restart(&mut self) {
+        if let Some(running) = self.running.take() {
+            running.writer.finish().expect("sled writes");
+        }
+        let config = Config::parse("spec.yaml", &self.configuration).expect("a configuration");
+        let journal = Sled::open(self.directory.path()).expect("sled opens");
+        let clock = Arc::clone(&self.clock) as Arc<_>;
+        let recovered =
+            storage::recover(Box::new(journal), &config.namespaces, clock, &Counting::default());
+        self.running = Some(recovered.expect("sled recovers"));
+    }
+
+    fn cells(&mut self) -> usize {
+        let running = self.running();
+        tend(&running.cells, &running.catalogue, running.clock.now())
+    }
+}
+
+fn revise(revised: &mut BTreeMap<String, Policy>, policies: &Policies, now: Time) {
+    for (name, (bucket, max_debt)) in policies {
+        let limit = Limit::TokenBucket(*bucket);
+        let policy = revised.entry(name.clone()).or_insert_with(|| Policy {
+            limit,
+            revision: 1,
+            max_debt: *max_debt,
+            formers: Formers::new(),
+        });
+        if policy.limit != limit {
+            *policy = policy.changed(limit, now);
+        }
+        policy.max_debt = *max_debt;
+    }
+}
+
+fn acquire(
+    storage: &dyn Storage,
+    catalogue: &Catalogue,
+    asks: &[(Named<'_>, Ask)],
+    charging: Charging,
+    now: Time,
+) -> Decision {
+    let namespace = catalogue.namespace("spec").expect("a policy first");
+    let asks = asks.iter().map(|(named, ask)| {
+        let policy = namespace.policy(named.policy).expect("a known policy");
+        let cell = policy.cells.cell(named.key);
+        CellAsk { cell, number: policy.number, policy: &policy.rule, ask: *ask }
+    });
+    let charge = Charge { charging, asks: asks.collect(), reserved: false };
+    now_or_never(storage.apply(&charge, now))
+}
+
+fn settle(
+    storage: &dyn Storage,
+    catalogue: &Catalogue,
+    named: &Named<'_>,
+    charged: u64,
+    actual: u64,
+    now: Time,
+) -> (u64, u64, u64) {
+    let policy = catalogue.namespace("spec").and_then(|spec| spec.policy(named.policy));
+    let policy = policy.expect("a known policy");
+    let cell = policy.cells.cell(named.key);
+    let settlement =
+        Settlement { cell, number: policy.number, policy: &policy.rule, charged, actual };
+    let settled = now_or_never(storage.settle(&settlement, now));
+    (settled.refunded, settled.owed, settled.dropped)
+}
+
+fn tend(cells: &Embedded, catalogue: &Catalogue, now: Time) -> usize {
+    for _ in 0..cells.shards() {
+        cells.tend(catalogue, now);
+    }
+    cells.live()
+}
+
+fn now_or_never<T>(answer: Result<Answer<T>, storage::StorageError>) -> T {
+    match answer.expect("the storage answers") {
+        Answer::Now(answer) => answer,
+        Answer::Later(_) => panic!("these storages answer at once"),
+    }
+}
