@@ -28,7 +28,9 @@ pub trait Kind: Sized {
         now: Time,
     ) -> Settled<Self::State>;
 
-    /// A state that covers `state` and the next `step` tokens charged to it.
+    /// A state that covers `state`, and the next `step` tokens if they are charged at once.
+    ///
+    /// As time refills it, it covers less: [`covers`](Self::covers) tells.
     fn mark(&self, state: Self::State, step: u64) -> Self::State;
 
     /// Whether recovering from `mark` instead of `state` admits nothing that `state` would not.

@@ -1,1 +1,64 @@
-fn main() {}
+//! Properties of the core, for random settings and histories, against a naive model.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
+
+mod decisions;
+mod drift;
+mod marks;
+mod model;
+mod token_bucket;
+
+use std::time::Duration;
+
+use fusebox_core::{Ask, Cell, Formers, Limit, Policy, State, Time, TokenBucket};
+use proptest::prelude::*;
+
+/// Settings of every size: the primes among them divide nothing.
+fn buckets() -> impl Strategy<Value = TokenBucket> {
+    let limit = prop_oneof![1..20_u64, Just(7), Just(1_000_003), 1..1_000_000_000_000_u64];
+    let per_nanos = prop_oneof![
+        1..1_000_u64,
+        Just(1_000_000_000),
+        Just(60_000_000_000),
+        Just(86_400_000_000_000),
+        1..31_622_400_000_000_000_u64,
+    ];
+    let burst = prop_oneof![1..20_u64, 1..1_000_000_000_000_u64];
+    (limit, per_nanos, burst).prop_map(|(limit, per, burst)| {
+        // Server time ends after 584 years; so does every wait. These fill within 146.
+        let fills = (u128::from(u64::MAX / 4) * u128::from(limit) / u128::from(per)).max(1);
+        let burst = burst.min(u64::try_from(fills).unwrap_or(u64::MAX));
+        TokenBucket::new(limit, Duration::from_nanos(per), burst).unwrap()
+    })
+}
+
+/// Steps of time that matter to a bucket: none, a part of a token, some tokens, the whole of it.
+fn steps(bucket: TokenBucket) -> impl Strategy<Value = u64> {
+    let token = (bucket.per().as_nanos() as u64 / bucket.limit()).max(1);
+    let whole = u128::from(token) * u128::from(bucket.burst());
+    let whole = u64::try_from(whole).unwrap_or(u64::MAX / 1_000).min(u64::MAX / 1_000);
+    prop_oneof![Just(0), 0..=token, 0..=token.saturating_mul(5), 0..=whole.saturating_mul(2)]
+}
+
+/// Costs that matter to a bucket: a few tokens, or a good part of it.
+fn costs(bucket: TokenBucket) -> impl Strategy<Value = u64> {
+    prop_oneof![0..=bucket.burst().min(5), 0..=bucket.burst()]
+}
+
+fn ask(cost: u64) -> Ask {
+    Ask { cost, estimated: false }
+}
+
+fn policy(bucket: TokenBucket, max_debt: u64) -> Policy {
+    Policy { limit: Limit::TokenBucket(bucket), revision: 1, max_debt, formers: Formers::new() }
+}
+
+fn spent(cell: Option<Cell>) -> u64 {
+    cell.map_or(0, |cell| {
+        let State::TokenBucket(state) = cell.state;
+        state.spent
+    })
+}
+
+fn later(now: Time, nanos: u64) -> Time {
+    now.after(Duration::from_nanos(nanos))
+}

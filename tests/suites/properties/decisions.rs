@@ -1,0 +1,141 @@
+//! Several cells at once.
+
+use fusebox_core::{
+    Ask, Cells, Charging, Decision, Kind, Limit, MAX_RULES, Outcome, Policy, Rule, Rules, Time,
+    apply,
+};
+use proptest::{collection::vec, prelude::*};
+
+use crate::{ask, buckets, later, policy, spent};
+
+/// Policies, and rounds of asks: which policy and cell, which share of the burst, after which pause.
+type Rounds = Vec<(u64, Vec<(usize, u64)>)>;
+
+fn rounds() -> impl Strategy<Value = (Vec<Policy>, Rounds)> {
+    let policies = vec(buckets().prop_map(|bucket| policy(bucket, 0)), 1..5);
+    policies.prop_flat_map(|policies| {
+        let asks = vec((0..policies.len(), 0..=120_u64), 1..=MAX_RULES);
+        (Just(policies), vec((0..10_000_000_000_u64, asks), 1..20))
+    })
+}
+
+/// One cell for each policy; a cost in hundredths of its burst, so some are never possible.
+fn rules<'a>(policies: &'a [Policy], asks: &[(usize, u64)]) -> Rules<'a> {
+    let rule = |(index, share): &(usize, u64)| {
+        let policy = &policies[*index];
+        let cost = u128::from(policy.limit.most()) * u128::from(*share) / 100;
+        Rule { cell: *index, policy, ask: ask(cost as u64) }
+    };
+    asks.iter().map(rule).collect()
+}
+
+/// The decision that one gets by asking each rule in turn, and taking all back on a denial.
+fn one_by_one(rules: &Rules<'_>, cells: &mut Cells, now: Time) -> bool {
+    let before = cells.clone();
+    let allowed = rules.iter().all(|rule| {
+        let alone = Rules::from_iter([*rule]);
+        apply(&alone, Charging::AllOrNothing, cells, now).allowed
+    });
+    if !allowed {
+        *cells = before;
+    }
+    allowed
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn all_or_nothing_is_all_or_nothing((policies, rounds) in rounds()) {
+        let mut cells: Cells = policies.iter().map(|_| None).collect();
+        let mut now = Time::ZERO;
+        for (pause, asks) in rounds {
+            now = later(now, pause);
+            let rules = rules(&policies, &asks);
+            let mut expected = cells.clone();
+            let allowed = one_by_one(&rules, &mut expected, now);
+            let before = cells.clone();
+            let decision = apply(&rules, Charging::AllOrNothing, &mut cells, now);
+            prop_assert_eq!(decision.allowed, allowed);
+            prop_assert_eq!(&cells, if allowed { &expected } else { &before });
+            told_as_it_is(&rules, &decision, &cells, now)?;
+        }
+    }
+
+    #[test]
+    fn each_alone_charges_what_it_allows((policies, rounds) in rounds()) {
+        let mut cells: Cells = policies.iter().map(|_| None).collect();
+        let mut now = Time::ZERO;
+        for (pause, asks) in rounds {
+            now = later(now, pause);
+            let rules = rules(&policies, &asks);
+            let mut expected = cells.clone();
+            let mut outcomes = Vec::new();
+            for rule in &rules {
+                let alone = Rules::from_iter([*rule]);
+                outcomes.push(apply(&alone, Charging::AllOrNothing, &mut expected, now).allowed);
+            }
+            let decision = apply(&rules, Charging::EachAlone, &mut cells, now);
+            let told: Vec<_> =
+                decision.verdicts.iter().map(|verdict| verdict.outcome == Outcome::Allow).collect();
+            prop_assert_eq!(told, outcomes);
+            prop_assert_eq!(&cells, &expected);
+        }
+    }
+
+    #[test]
+    fn always_never_goes_into_debt((policies, rounds) in rounds()) {
+        let mut cells: Cells = policies.iter().map(|_| None).collect();
+        let mut now = Time::ZERO;
+        for (pause, asks) in rounds {
+            now = later(now, pause);
+            apply(&rules(&policies, &asks), Charging::Always, &mut cells, now);
+            for (policy, cell) in policies.iter().zip(&cells) {
+                prop_assert!(spent(*cell) <= policy.limit.most());
+            }
+        }
+    }
+
+    #[test]
+    fn a_peek_changes_and_creates_nothing((policies, rounds) in rounds()) {
+        let mut cells: Cells = policies.iter().map(|_| None).collect();
+        let mut now = Time::ZERO;
+        for (pause, asks) in rounds {
+            now = later(now, pause);
+            apply(&rules(&policies, &asks), Charging::EachAlone, &mut cells, now);
+            let peeks: Rules<'_> = policies
+                .iter()
+                .enumerate()
+                .map(|(cell, policy)| Rule { cell, policy, ask: ask(0) })
+                .collect();
+            for charging in [Charging::AllOrNothing, Charging::EachAlone, Charging::Always] {
+                let before = cells.clone();
+                let decision = apply(&peeks, charging, &mut cells, now);
+                prop_assert!(decision.allowed);
+                prop_assert_eq!(&cells, &before);
+            }
+        }
+    }
+}
+
+/// What verdicts tell of the cells is what the cells are.
+fn told_as_it_is(
+    rules: &Rules<'_>,
+    decision: &Decision,
+    cells: &Cells,
+    now: Time,
+) -> Result<(), TestCaseError> {
+    for (index, (rule, verdict)) in rules.iter().zip(&decision.verdicts).enumerate() {
+        let asked_again = rules[index + 1..].iter().any(|later| later.cell == rule.cell);
+        if decision.allowed && asked_again {
+            continue; // it tells what was left before the later ask
+        }
+        let Limit::TokenBucket(bucket) = rule.policy.limit;
+        let state = cells[rule.cell].map(|cell| rule.policy.current(cell));
+        let level = Limit::TokenBucket(bucket).plan(state, Ask { cost: 0, estimated: false }, now);
+        prop_assert_eq!(verdict.remaining, level.before.remaining);
+        prop_assert_eq!(verdict.reset_after, level.before.reset_after);
+        prop_assert_eq!(verdict.cost, rule.ask.cost);
+    }
+    Ok(())
+}

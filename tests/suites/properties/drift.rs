@@ -1,0 +1,69 @@
+//! A million periods, at rates that do not divide the clock's unit.
+
+use std::time::Duration;
+
+use fusebox_core::{Kind, Outcome, Time, TokenBucket, token_bucket::State};
+
+use crate::{ask, later};
+
+const PERIODS: u64 = 1_000_000;
+
+fn rates() -> [TokenBucket; 3] {
+    [
+        TokenBucket::new(3, Duration::from_secs(1), 3).unwrap(),
+        TokenBucket::new(7, Duration::from_secs(60), 7).unwrap(),
+        TokenBucket::new(1_000_003, Duration::from_secs(86_400), 1_000_003).unwrap(),
+    ]
+}
+
+/// The same bucket as if its last period had been the first: a million days are 2,700 years, and server
+/// time ends after 584.
+fn back_to_zero(state: Option<State>) -> Option<State> {
+    state.map(|state| State { at: Time::ZERO, ..state })
+}
+
+/// Takes what is left.
+fn drain(bucket: &TokenBucket, state: &mut Option<State>, now: Time) -> u64 {
+    let left = bucket.plan(*state, ask(0), now).before.remaining;
+    let plan = bucket.plan(*state, ask(left), now);
+    assert_eq!(plan.outcome, Outcome::Allow);
+    *state = plan.charged.or(*state);
+    left
+}
+
+#[test]
+fn a_million_periods_admit_exactly_a_million_limits() {
+    for bucket in rates() {
+        let period = u64::try_from(bucket.per().as_nanos()).unwrap();
+        let (mut state, mut now) = (None, Time::ZERO);
+        let mut admitted = drain(&bucket, &mut state, now);
+        assert_eq!(admitted, bucket.burst());
+        for _ in 0..PERIODS {
+            (state, now) = (back_to_zero(state), Time::ZERO);
+            // Never in step with the tokens: drained at two odd moments and at the end of each period.
+            for part in [period / 7 + 1, period / 3, period - period / 7 - 1 - period / 3] {
+                now = later(now, part);
+                admitted += drain(&bucket, &mut state, now);
+            }
+        }
+        assert_eq!(admitted, bucket.burst() + PERIODS * bucket.limit(), "{bucket:?}");
+    }
+}
+
+#[test]
+fn every_period_fills_at_its_end_and_not_before() {
+    for bucket in rates() {
+        let period = u64::try_from(bucket.per().as_nanos()).unwrap();
+        let (mut state, mut now) = (None, Time::ZERO);
+        drain(&bucket, &mut state, now);
+        for _ in 0..PERIODS {
+            (state, now) = (back_to_zero(state), Time::ZERO);
+            let full = ask(bucket.limit());
+            assert_ne!(bucket.plan(state, full, later(now, period - 1)).outcome, Outcome::Allow);
+            now = later(now, period);
+            let plan = bucket.plan(state, full, now);
+            assert_eq!((plan.outcome, now), (Outcome::Allow, later(Time::ZERO, period)));
+            state = plan.charged;
+        }
+    }
+}

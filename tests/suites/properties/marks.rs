@@ -1,0 +1,140 @@
+//! What a crash leaves behind: marks, and cells of an earlier revision.
+
+use fusebox_core::{
+    Ask, Cell, Cells, Charging, Kind, Limit, Outcome, Rule, Rules, State, Time, TokenBucket, apply,
+};
+use proptest::{collection::vec, prelude::*};
+
+use crate::{ask, buckets, costs, later, policy, steps};
+
+/// Some way into the life of a bucket.
+fn lives() -> impl Strategy<Value = (TokenBucket, Vec<(u64, u64)>, u64, u64)> {
+    buckets().prop_flat_map(|bucket| {
+        let history = vec((steps(bucket), costs(bucket)), 1..20);
+        (Just(bucket), history, steps(bucket), 1..=bucket.burst())
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    /// A mark covers the state it was made of, and as many tokens more as its step.
+    #[test]
+    fn a_mark_covers_its_step((bucket, history, wait, step) in lives()) {
+        let (mut state, mut now) = (None, Time::ZERO);
+        for (pause, cost) in history {
+            now = later(now, pause);
+            let plan = bucket.plan(state, ask(cost), now);
+            if plan.outcome == Outcome::Allow {
+                state = plan.charged;
+            }
+        }
+        // A mark is made where a charge is: of the state as it is now.
+        let Some(marked) = state else { return Ok(()) };
+        now = marked.at;
+        let mark = bucket.mark(marked, step);
+        prop_assert!(bucket.covers(mark, marked));
+
+        // At once: all of the step.
+        let mut taken = 0;
+        for cost in [step / 3, step / 2, step] {
+            let plan = bucket.plan(state, ask(cost), now);
+            if plan.outcome == Outcome::Allow && taken + cost <= step {
+                taken += cost;
+                state = plan.charged;
+                prop_assert!(bucket.covers(mark, state.unwrap()), "after {} of {}", taken, step);
+            }
+        }
+
+        // Later, when time has refilled some of it: as long as it says that it covers, what is recovered
+        // from it admits nothing that the living would not, now or ever after.
+        now = later(now, wait);
+        let plan = bucket.plan(state, ask(step), now);
+        if plan.outcome == Outcome::Allow {
+            state = plan.charged;
+        }
+        if bucket.covers(mark, state.unwrap()) {
+            for moment in [now, later(now, wait), later(now, wait.saturating_mul(2))] {
+                let recovered = bucket.revive(mark, moment);
+                let remaining = |state| bucket.plan(Some(state), ask(0), moment).before.remaining;
+                prop_assert!(remaining(recovered) <= remaining(state.unwrap()));
+            }
+        }
+    }
+
+    /// A mark that is behind is known as such.
+    #[test]
+    fn a_mark_that_is_behind_does_not_cover((bucket, history, ..) in lives()) {
+        let (mut state, mut now) = (None::<fusebox_core::token_bucket::State>, Time::ZERO);
+        for (pause, cost) in history {
+            now = later(now, pause);
+            let plan = bucket.plan(state, ask(cost), now);
+            if cost > 0 && plan.outcome == Outcome::Allow {
+                if let Some(before) = state {
+                    prop_assert!(!bucket.covers(before, plan.charged.unwrap()));
+                }
+                state = plan.charged;
+            }
+        }
+    }
+
+    /// A clock that went wrong while we were away never makes a key wait longer than its own burst.
+    #[test]
+    fn a_mark_of_the_future_refills_from_now((bucket, history, wait, step) in lives()) {
+        let (mut state, mut now) = (None, Time::ZERO);
+        for (pause, cost) in history {
+            now = later(now, pause);
+            state = bucket.plan(state, ask(cost), now).charged.or(state);
+        }
+        let Some(state) = state else { return Ok(()) };
+        let mark = bucket.mark(state, step);
+        let early = Time::from_nanos(now.as_nanos().saturating_sub(wait));
+        let revived = bucket.revive(mark, early);
+        prop_assert!(revived.at <= early);
+        prop_assert!(revived.spent <= mark.spent);
+    }
+
+    /// Through any chain of changes, known or forgotten, a cell never holds more than the same tokens
+    /// would leave under the most generous of the settings all along.
+    #[test]
+    fn a_change_of_limit_never_forgets_what_was_spent(
+        limits in vec(1..1_000_u64, 1..12),
+        pauses in vec(0..2_000_000_000_u64, 12),
+        cost in 1..1_000_u64,
+    ) {
+        let bucket = |limit| TokenBucket::new(limit, std::time::Duration::from_secs(1), 1_000);
+        let mut changing = policy(bucket(limits[0]).unwrap(), 0);
+        let most = bucket(*limits.iter().max().unwrap()).unwrap();
+        let least = bucket(*limits.iter().min().unwrap()).unwrap();
+
+        let mut now = Time::ZERO;
+        let rule = |policy| Rules::from_iter([Rule { cell: 0, policy, ask: ask(cost) }]);
+        let mut cells = Cells::from_iter([None::<Cell>]);
+        apply(&rule(&changing), Charging::AllOrNothing, &mut cells, now);
+        let cell = cells[0].unwrap();
+        let State::TokenBucket(start) = cell.state;
+
+        for (limit, pause) in limits.iter().skip(1).zip(&pauses) {
+            now = later(now, *pause);
+            changing = changing.changed(Limit::TokenBucket(bucket(*limit).unwrap()), now);
+        }
+        let peek = |limit: &Limit, state| limit.plan(Some(state), ask(0), now).before.remaining;
+        let left = peek(&changing.limit, changing.current(cell));
+        let at_most = most.plan(Some(start), ask(0), now).before.remaining;
+        prop_assert!(left <= at_most);
+        if limits.len() <= fusebox_core::MAX_FORMERS {
+            // One part for each change is rounded up, which may cost one whole token.
+            let at_least = least.plan(Some(start), ask(0), now).before.remaining;
+            prop_assert!(left + 1 >= at_least);
+        }
+    }
+}
+
+#[test]
+fn what_an_open_estimate_may_give_back_is_not_promised_after_a_crash() {
+    let bucket = TokenBucket::new(1, std::time::Duration::from_secs(1), 10).unwrap();
+    let plan = bucket.plan(None, Ask { cost: 8, estimated: true }, Time::ZERO);
+    let mark = bucket.mark(plan.charged.unwrap(), 0);
+    assert_eq!(mark.out, 0);
+    assert!(bucket.covers(mark, plan.charged.unwrap()));
+}
