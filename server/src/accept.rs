@@ -12,7 +12,10 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    io::AsyncReadExt,
+    net::{TcpListener, TcpStream},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -138,17 +141,24 @@ impl Drop for Connection {
     }
 }
 
+/// What every HTTP/2 client says first (RFC 9113, 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
 /// Serves gRPC: HTTP/2 with prior knowledge.
-pub(crate) async fn serve_grpc(port: Port, stream: TcpStream, calls: Calls) {
-    // A client speaks first. One that does not would hold its place for ever.
-    let first_byte = tokio::time::timeout(limits::FIRST_BYTE_WAIT, stream.readable());
-    let spoke = tokio::select! {
-        () = port.stop.cancelled() => false,
-        waited = first_byte => matches!(waited, Ok(Ok(()))),
-    };
-    if !spoke {
+pub(crate) async fn serve_grpc(port: Port, mut stream: TcpStream, calls: Calls) {
+    // A client speaks first. hyper would wait for it without an end, and hold a drain up meanwhile.
+    let mut said = [0; PREFACE.len()];
+    let preface = tokio::time::timeout(limits::PREFACE_WAIT, stream.read_exact(&mut said));
+    tokio::select! {
+        () = port.stop.cancelled() => return,
+        read = preface => if !matches!(read, Ok(Ok(_))) { return },
+    }
+    if said != *PREFACE {
+        tracing::debug!(port = port.name, "a client does not speak HTTP/2");
         return;
     }
+    let (rest, write) = stream.into_split();
+    let stream = tokio::io::join(PREFACE.chain(rest), write);
     let connection = conn::http2::Builder::new(Tracked(port.clone()))
         .timer(TokioTimer::new())
         .keep_alive_interval(limits::KEEPALIVE)

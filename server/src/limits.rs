@@ -67,8 +67,8 @@ pub const HEADER_BYTES: u32 = 16 * 1024;
 /// this the whole connection is closed.
 pub const PENDING_RESETS: usize = 512;
 
-/// Wait for the first byte of a connection: a client speaks first, and at once.
-pub const FIRST_BYTE_WAIT: Duration = Duration::from_secs(10);
+/// Wait for the first words of a connection: an HTTP/2 client speaks first, and at once.
+pub const PREFACE_WAIT: Duration = Duration::from_secs(10);
 
 /// Wait for the headers of a request on the operations port.
 pub const OPS_HEADER_WAIT: Duration = Duration::from_secs(10);

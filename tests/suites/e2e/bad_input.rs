@@ -1,0 +1,188 @@
+//! Bad input: a clear error that names the field, and nothing charged.
+
+use fusebox_proto::v1::{
+    AcquireBatchRequest, AcquireRequest, Ask, CircuitDelta, Client, GrantOutcome, Priority,
+    ReportRequest,
+};
+use fusebox_tests::Server;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+use crate::{CONFIG, ask, remaining, request};
+
+/// Checks the status, and that its details name the field.
+fn assert_names(status: &Status, code: Code, field: &str) {
+    assert_eq!(status.code(), code, "{field}: {status}");
+    let details = status.get_error_details();
+    let violations = details.bad_request().map(|bad| bad.field_violations.as_slice());
+    let fields: Vec<_> =
+        violations.unwrap_or_default().iter().map(|violation| violation.field.as_str()).collect();
+    assert!(fields.contains(&field), "{field} is not among {fields:?}: {status}");
+    assert!(status.message().starts_with(fields[0]), "the message says it too: {status}");
+}
+
+#[tokio::test]
+async fn an_acquire_that_is_wrong_is_told_where() {
+    let server = Server::start(CONFIG).await;
+    let mut raw = server.raw().await;
+    let three = || ask("three", "a", 1);
+    let key = |key: String| request([Ask { key, ..three() }]);
+    let estimated = |cost| Ask { estimated: true, ..ask("tokens", "a", cost) };
+    let two_estimates = [estimated(1), Ask { key: "b".into(), ..estimated(1) }];
+    let seventeen = (0..17).map(|key| ask("hundred", &key.to_string(), 1));
+    let unnamed = AcquireRequest { namespace: String::new(), ..request([three()]) };
+    let odd_priority = AcquireRequest { priority: 77, ..request([three()]) };
+
+    for (wrong, field) in [
+        (unnamed, "namespace"),
+        (request([]), "asks"),
+        (request(seventeen), "asks"),
+        (request([three(), ask("", "a", 1)]), "asks[1].policy"),
+        (key("k".repeat(257)), "asks[0].key"),
+        (key("\u{e9}".repeat(129)), "asks[0].key"),
+        (request([ask("three", "a", 4)]), "asks[0].cost"),
+        (request([three(), ask("hundred", "a", u64::MAX)]), "asks[1].cost"),
+        (request([three(), three()]), "asks[1]"),
+        (request([estimated(0)]), "asks[0].cost"),
+        (request(two_estimates), "asks[1].estimated"),
+        (odd_priority, "priority"),
+    ] {
+        let refused = raw.acquire(wrong).await.unwrap_err();
+        assert_names(&refused, Code::InvalidArgument, field);
+    }
+    assert_eq!(remaining(&server, "three", "a").await, 3);
+    assert_eq!(remaining(&server, "hundred", "a").await, 100);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn every_violation_is_told_and_not_too_many() {
+    let server = Server::start(CONFIG).await;
+    let mut raw = server.raw().await;
+    let two = AcquireRequest { asks: vec![Ask::default()], ..Default::default() };
+    let refused = raw.acquire(two).await.unwrap_err();
+    assert_names(&refused, Code::InvalidArgument, "namespace");
+    assert_names(&refused, Code::InvalidArgument, "asks[0].policy");
+    assert!(refused.message().ends_with("(and 1 more)"), "{refused}");
+
+    let many = (0..1_000).map(|_| AcquireRequest::default()).collect();
+    let many = AcquireBatchRequest { requests: many, ..Default::default() };
+    let refused = raw.acquire_batch(many).await.unwrap_err();
+    let details = refused.get_error_details();
+    assert_eq!(details.bad_request().unwrap().field_violations.len(), 16);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_this_build_cannot_do_is_refused_by_name() {
+    let server = Server::start(CONFIG).await;
+    let mut raw = server.raw().await;
+    let client = || Some(Client { id: "1".into(), ..Default::default() });
+    let three = || ask("three", "a", 1);
+    let plain = || request([three()]);
+    for (field, request) in [
+        ("client", AcquireRequest { client: client(), ..plain() }),
+        ("request_id", AcquireRequest { request_id: "1".into(), ..plain() }),
+        ("priority", AcquireRequest { priority: Priority::Critical.into(), ..plain() }),
+        ("priority", AcquireRequest { priority: Priority::Bulk.into(), ..plain() }),
+        (
+            "max_wait",
+            AcquireRequest { max_wait: Some(prost_types::Duration::default()), ..plain() },
+        ),
+        ("attempt", AcquireRequest { attempt: 1, ..plain() }),
+        ("asks[0].lease", request([Ask { lease: 1, ..three() }])),
+        ("asks[0].handle", request([Ask { handle: 1, ..three() }])),
+    ] {
+        let refused = raw.acquire(request).await.unwrap_err();
+        assert_names(&refused, Code::Unimplemented, field);
+    }
+
+    let entry = AcquireRequest { namespace: String::new(), attempt: 1, ..plain() };
+    for (field, client, requests) in
+        [("client", client(), vec![]), ("requests[0].attempt", None, vec![entry])]
+    {
+        let batch = AcquireBatchRequest { namespace: "test".into(), client, requests };
+        let refused = raw.acquire_batch(batch).await.unwrap_err();
+        assert_names(&refused, Code::Unimplemented, field);
+    }
+
+    let outcome = || GrantOutcome { grant_id: "1-1".into(), ..Default::default() };
+    let report = || ReportRequest {
+        namespace: "test".into(),
+        outcomes: vec![outcome()],
+        ..Default::default()
+    };
+    let with = |outcome| ReportRequest { outcomes: vec![outcome], ..report() };
+    let latency = Some(prost_types::Duration::default());
+    for (field, report) in [
+        ("client", ReportRequest { client: client(), ..report() }),
+        ("sequence", ReportRequest { sequence: 1, ..report() }),
+        ("deltas", ReportRequest { deltas: vec![CircuitDelta::default()], ..report() }),
+        ("renew_grant_ids", ReportRequest { renew_grant_ids: vec!["1".into()], ..report() }),
+        ("outcomes[0].outcome", with(GrantOutcome { outcome: 1, ..outcome() })),
+        ("outcomes[0].latency", with(GrantOutcome { latency, ..outcome() })),
+        ("outcomes[0].lease_returned", with(GrantOutcome { lease_returned: 1, ..outcome() })),
+        ("outcomes[0].partial", with(GrantOutcome { partial: true, ..outcome() })),
+        ("outcomes[0].error_kind", with(GrantOutcome { error_kind: "x".into(), ..outcome() })),
+    ] {
+        let refused = raw.report(report).await.unwrap_err();
+        assert_names(&refused, Code::Unimplemented, field);
+    }
+    assert_eq!(remaining(&server, "three", "a").await, 3);
+
+    // What means the same as unset is not refused.
+    let normal = AcquireRequest { priority: Priority::Normal.into(), ..plain() };
+    raw.acquire(normal).await.unwrap();
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_report_that_is_wrong_is_told_where() {
+    let server = Server::start(CONFIG).await;
+    let mut raw = server.raw().await;
+    let outcome = |grant_id: &str| GrantOutcome { grant_id: grant_id.into(), ..Default::default() };
+    let costly = GrantOutcome { actual_cost: Some(1_000_000_000_001), ..outcome("1-1") };
+    for (field, outcomes) in [
+        ("outcomes", vec![]),
+        ("outcomes", vec![outcome("1-1"); 1_001]),
+        ("outcomes[0].grant_id", vec![outcome("")]),
+        ("outcomes[0].grant_id", vec![outcome(&"1".repeat(129))]),
+        ("outcomes[0].actual_cost", vec![costly]),
+    ] {
+        let namespace = "test".into();
+        let report = ReportRequest { namespace, outcomes, ..Default::default() };
+        let refused = raw.report(report).await.unwrap_err();
+        assert_names(&refused, Code::InvalidArgument, field);
+    }
+    let nameless = ReportRequest { outcomes: vec![outcome("1-1")], ..Default::default() };
+    let refused = raw.report(nameless).await.unwrap_err();
+    assert_names(&refused, Code::InvalidArgument, "namespace");
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_does_not_exist_is_named_and_a_long_name_is_not_repeated_whole() {
+    let server = Server::start(CONFIG).await;
+    let mut raw = server.raw().await;
+    let refused = raw.acquire(request([ask("thrice", "a", 1)])).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    assert_eq!(refused.message(), "unknown policy `thrice` in namespace `test`");
+    let details = refused.get_error_details();
+    assert_eq!(details.resource_info().unwrap().resource_name, "thrice");
+
+    let namespace = "\u{e9}".repeat(100_000);
+    let elsewhere = AcquireRequest { namespace, ..request([ask("three", "a", 1)]) };
+    let refused = raw.acquire(elsewhere).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    assert!(refused.message().len() < 300);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_message_that_is_too_large_is_the_servers_limit() {
+    let server = Server::start(CONFIG).await;
+    let large = request([Ask { key: "k".repeat(1024 * 1024), ..ask("three", "a", 1) }]);
+    let refused = server.raw().await.acquire(large).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    server.stop().await.unwrap();
+}

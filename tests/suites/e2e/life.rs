@@ -1,0 +1,222 @@
+//! The life of a server: starting, draining, failing.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::{Arc, mpsc},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use fusebox_client::Ask;
+use fusebox_proto::v1::{AcquireRequest, AcquireResponse, Decision};
+use fusebox_server::{run::RunError, storage::journal::Nothing};
+use fusebox_tests::{ManualClock, Server, Simulated};
+use http::uri::PathAndQuery;
+use hyper::body::{Body, Bytes, Frame};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Status, Streaming, client::Grpc};
+use tonic_health::pb::{
+    HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus,
+    health_client::HealthClient,
+};
+use tonic_prost::ProstCodec;
+
+use crate::{CONFIG, ask, request};
+
+/// Longer than anything here takes; only a test that fails ever waits for it.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+const SERVICES: [&str; 2] = ["", "fusebox.v1.Resilience"];
+
+async fn watch(server: &Server, service: &str) -> Streaming<HealthCheckResponse> {
+    let request = HealthCheckRequest { service: service.into() };
+    HealthClient::new(server.channel().await).watch(request).await.unwrap().into_inner()
+}
+
+async fn next(watch: &mut Streaming<HealthCheckResponse>) -> Result<ServingStatus, Status> {
+    let message = tokio::time::timeout(PATIENCE, watch.message()).await.expect("health is told");
+    Ok(message?.expect("a watch ends with a status").status())
+}
+
+/// A call whose message is sent when the test says so.
+async fn slow_call(
+    server: &Server,
+) -> (
+    tokio::sync::mpsc::Sender<AcquireRequest>,
+    tokio::task::JoinHandle<Result<AcquireResponse, Status>>,
+) {
+    let (message, messages) = tokio::sync::mpsc::channel(1);
+    let mut grpc = Grpc::new(server.channel().await);
+    let call = tokio::spawn(async move {
+        grpc.ready().await.unwrap();
+        let path = PathAndQuery::from_static("/fusebox.v1.Resilience/Acquire");
+        let request = Request::new(ReceiverStream::new(messages));
+        let codec = ProstCodec::<AcquireRequest, AcquireResponse>::default();
+        grpc.client_streaming(request, path, codec).await.map(tonic::Response::into_inner)
+    });
+    // A connection and its call are tasks: the call is there once the server says that it is.
+    while !server.http("/metrics").await.1.contains(r#"fusebox_connections{port="grpc"} 1"#) {
+        tokio::task::yield_now().await;
+    }
+    (message, call)
+}
+
+#[tokio::test]
+async fn nothing_is_decided_before_state_is_recovered() {
+    let (recover, recovering) = mpsc::channel::<()>();
+    let journal = Box::new(move || {
+        recovering.recv().expect("the test says when");
+        Ok(Box::new(Nothing) as Box<_>)
+    });
+    let server = Server::begin(journal, Arc::<ManualClock>::default(), CONFIG).await;
+
+    let mut watches = Vec::new();
+    for service in SERVICES {
+        let mut watch = watch(&server, service).await;
+        assert_eq!(next(&mut watch).await.unwrap(), ServingStatus::NotServing);
+        watches.push(watch);
+    }
+    assert_eq!(server.http("/livez").await.0, 200);
+    let (status, body) = server.http("/readyz").await;
+    assert_eq!((status, body.as_str()), (503, "starting: state is being recovered\n"));
+    let refused = server.raw().await.acquire(request([ask("three", "a", 1)])).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable);
+
+    recover.send(()).unwrap();
+    for watch in &mut watches {
+        assert_eq!(next(watch).await.unwrap(), ServingStatus::Serving);
+    }
+    assert_eq!(server.http("/readyz").await.0, 200);
+    let client = server.client("test").await;
+    assert!(client.acquire([Ask::new("three", "a")]).await.unwrap().allowed);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_drain_turns_health_and_ends_the_streams_that_never_end() {
+    let patient = CONFIG.replace("drain_timeout: 10s", "drain_timeout: 10m");
+    let server = Server::start(&patient).await;
+    let mut watches = Vec::new();
+    for service in SERVICES {
+        let mut watch = watch(&server, service).await;
+        assert_eq!(next(&mut watch).await.unwrap(), ServingStatus::Serving);
+        watches.push(watch);
+    }
+    // Connections that say nothing at all do not hold it up either.
+    let mut silent = TcpStream::connect(server.grpc).await.unwrap();
+    let idle = server.client("test").await;
+
+    server.ask_to_stop();
+    for watch in &mut watches {
+        assert_eq!(next(watch).await.unwrap(), ServingStatus::NotServing);
+        assert_eq!(next(watch).await.unwrap_err().code(), Code::Unavailable);
+    }
+    tokio::time::timeout(PATIENCE, server.ended()).await.expect("no wait for 10m").unwrap();
+    assert_eq!(silent.read(&mut [0]).await.unwrap(), 0);
+    assert!(idle.acquire([Ask::new("three", "a")]).await.is_err());
+}
+
+#[tokio::test]
+async fn a_call_in_flight_is_answered_while_draining() {
+    let server = Server::start(CONFIG).await;
+    let mut health = watch(&server, "").await;
+    assert_eq!(next(&mut health).await.unwrap(), ServingStatus::Serving);
+    drop(health);
+    let (message, call) = slow_call(&server).await;
+
+    server.ask_to_stop();
+    while server.http("/readyz").await != (503, "draining\n".into()) {
+        tokio::task::yield_now().await;
+    }
+    message.send(request([ask("three", "a", 1)])).await.unwrap();
+    drop(message);
+    let answer = call.await.unwrap().unwrap();
+    assert_eq!(answer.decision(), Decision::Allow);
+    tokio::time::timeout(PATIENCE, server.ended()).await.expect("the drain ends").unwrap();
+}
+
+#[tokio::test]
+async fn a_call_that_never_ends_is_cut_when_the_drain_is_over() {
+    let impatient = CONFIG.replace("drain_timeout: 10s", "drain_timeout: 50ms");
+    let server = Server::start(&impatient).await;
+    let (_message, call) = slow_call(&server).await;
+    server.ask_to_stop();
+    tokio::time::timeout(PATIENCE, server.ended()).await.expect("the drain ends").unwrap();
+    assert!(call.await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn the_first_failed_write_is_final() {
+    let journal = Simulated::default();
+    let server = Server::start_on(journal.open(), Arc::default(), CONFIG).await;
+    let client = server.client("test").await;
+    let mut health = watch(&server, "fusebox.v1.Resilience").await;
+    assert_eq!(next(&mut health).await.unwrap(), ServingStatus::Serving);
+
+    journal.fail();
+    assert!(
+        client.acquire([Ask::new("three", "a")]).await.unwrap().allowed,
+        "relaxed does not wait"
+    );
+    assert_eq!(next(&mut health).await.unwrap(), ServingStatus::NotServing);
+
+    let refused = client.acquire([Ask::new("three", "b")]).await.unwrap_err();
+    let fusebox_client::Error::Status(status) = refused else { panic!("{refused}") };
+    assert_eq!(status.code(), Code::Unavailable);
+    assert_eq!(server.http("/readyz").await.0, 503);
+    assert_eq!(server.http("/livez").await.0, 200, "up, so that it can be looked at");
+
+    let ended = server.stop().await.unwrap_err();
+    assert!(matches!(ended, RunError::Flush(_)), "{ended}");
+}
+
+/// A message that never comes.
+struct Never;
+
+impl Body for Never {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Pending
+    }
+}
+
+#[tokio::test]
+async fn a_time_limit_that_is_over_is_a_deadline() {
+    let server = Server::start(CONFIG).await;
+    // tonic's client ends such a call by itself, so this one is by hand.
+    let stream = TokioIo::new(TcpStream::connect(server.grpc).await.unwrap());
+    let (mut calls, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let request = http::Request::post("/fusebox.v1.Resilience/Acquire")
+        .header("content-type", "application/grpc")
+        .header("grpc-timeout", "10m")
+        .body(Never)
+        .unwrap();
+    let response = calls.send_request(request).await.unwrap();
+    assert_eq!(response.headers()["grpc-status"], "4", "DEADLINE_EXCEEDED");
+    drop((calls, response));
+    connection.await.unwrap().unwrap();
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn who_does_not_speak_http2_is_shown_the_door() {
+    let server = Server::start(CONFIG).await;
+    let mut stream = TcpStream::connect(server.grpc).await.unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
+    let read = tokio::time::timeout(PATIENCE, stream.read(&mut [0; 64])).await;
+    assert!(matches!(read.expect("the connection ends"), Ok(0) | Err(_)));
+    server.stop().await.unwrap();
+}

@@ -1,0 +1,123 @@
+//! What a restart keeps, and what it must not.
+
+use std::{sync::Arc, time::Duration};
+
+use fusebox_client::{Ask, Outcome, Reported};
+use fusebox_server::{run::RunError, storage::journal::Keyspace};
+use fusebox_tests::{ManualClock, Server, Simulated};
+
+use crate::{CONFIG, remaining};
+
+#[tokio::test]
+async fn a_clean_stop_keeps_what_was_spent_and_time_goes_on() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let client = server.client("test").await;
+    assert!(client.acquire([Ask::new("three", "a").cost(3)]).await.unwrap().allowed);
+    server.stop().await.unwrap();
+    journal.lose_power(); // what a clean stop wrote is on the disk
+
+    clock.advance(Duration::from_secs(20));
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    assert_eq!(remaining(&server, "three", "a").await, 1);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn relaxed_forgets_at_a_loss_of_power_what_was_not_synced() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let client = server.client("test").await;
+    assert!(client.acquire([Ask::new("three", "a").cost(3)]).await.unwrap().allowed);
+    server.lose_power(&journal).await;
+
+    let server = Server::start_on(journal.open(), clock, CONFIG).await;
+    assert_eq!(remaining(&server, "three", "a").await, 3, "this is what `relaxed` means");
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_grant_of_an_earlier_life_gives_nothing_back() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let client = server.client("test").await;
+    let ask = Ask::new("tokens", "a").cost(60).estimated();
+    let grant = client.acquire([ask]).await.unwrap().grant_id.unwrap();
+    server.stop().await.unwrap();
+
+    let server = Server::start_on(journal.open(), clock, CONFIG).await;
+    let client = server.client("test").await;
+    let reported = client.report([Outcome::cost(grant, 0)]).await.unwrap();
+    assert_eq!(reported, [Reported::UnknownGrant]);
+    assert_eq!(remaining(&server, "tokens", "a").await, 40);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_wall_clock_that_went_back_admits_nothing_and_blocks_nobody_for_long() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let client = server.client("test").await;
+    assert!(client.acquire([Ask::new("three", "a").cost(3)]).await.unwrap().allowed);
+    server.stop().await.unwrap();
+
+    clock.set_wall(Duration::from_secs(1));
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    assert_eq!(remaining(&server, "three", "a").await, 0);
+    server.advance(Duration::from_secs(60));
+    assert_eq!(remaining(&server, "three", "a").await, 3);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_changed_limit_keeps_what_was_spent() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let client = server.client("test").await;
+    assert!(client.acquire([Ask::new("hundred", "a").cost(80)]).await.unwrap().allowed);
+    server.stop().await.unwrap();
+
+    for (limit, left) in [("50", 0), ("200", 120)] {
+        let config = CONFIG.replace("limit: 100,", &format!("limit: {limit},"));
+        let server = Server::start_on(journal.open(), Arc::clone(&clock), &config).await;
+        assert_eq!(remaining(&server, "hundred", "a").await, left);
+        server.stop().await.unwrap();
+    }
+    // A policy that is not configured for a while has forgotten nothing either.
+    let without = "namespaces: {test: {policies: {other: {token_bucket: {limit: 1, per: 1s}}}}}";
+    Server::start_on(journal.open(), Arc::clone(&clock), without).await.stop().await.unwrap();
+    let server = Server::start_on(journal.open(), clock, CONFIG).await;
+    assert_eq!(remaining(&server, "hundred", "a").await, 20);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn full_cells_leave_the_disk() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let client = server.client("test").await;
+    assert!(client.acquire([Ask::new("three", "a").cost(3)]).await.unwrap().allowed);
+    server.stop().await.unwrap();
+    assert_eq!(journal.records(Keyspace::Cells), 1);
+
+    clock.advance(Duration::from_secs(60));
+    Server::start_on(journal.open(), clock, CONFIG).await.stop().await.unwrap();
+    assert_eq!(journal.records(Keyspace::Cells), 0);
+}
+
+#[tokio::test]
+async fn records_that_make_no_sense_stop_the_start() {
+    for keyspace in [Keyspace::Meta, Keyspace::Policies, Keyspace::Cells] {
+        let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+        let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+        let client = server.client("test").await;
+        assert!(client.acquire([Ask::new("three", "a")]).await.unwrap().allowed);
+        server.stop().await.unwrap();
+
+        journal.corrupt(keyspace);
+        let server = Server::begin(journal.open(), clock, CONFIG).await;
+        let refused = server.ended().await.unwrap_err();
+        assert!(matches!(refused, RunError::Recovery(_)), "{refused}");
+        assert!(refused.to_string().contains("makes no sense"), "{refused}");
+    }
+}
