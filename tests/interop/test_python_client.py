@@ -1,12 +1,12 @@
 """A client in another language, without generated code: what it is told, and what it can read of it."""
 
 import time
+from unittest import TestCase
 
 import grpc
 from fusebox import PATIENCE_SECONDS, SERVICE, Client, Server, ServerCase, name
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from unittest import TestCase
 
 MESSAGE_BYTES_MAX = 1024 * 1024
 SERVING = health_pb2.HealthCheckResponse.SERVING

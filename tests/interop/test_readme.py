@@ -222,6 +222,7 @@ def mismatch(command: Command, output: str) -> AssertionError:
 
 class Readme(unittest.TestCase):
     def test_every_command_prints_what_is_shown(self):
+        self.assertTrue(README.exists(), "there is no README.md")
         commands = parse(README.read_text(encoding="utf-8"))
         self.assertTrue(commands, "the README has no `console` block")
         self.assertFalse(is_ready(DEFAULT_OPS), f"another server is on {DEFAULT_OPS} already")
