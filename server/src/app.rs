@@ -76,6 +76,8 @@ pub enum AcquireError {
     /// No such policy.
     #[error("unknown policy `{policy}` in namespace `{namespace}`")]
     UnknownPolicy {
+        /// Index of the ask.
+        ask: usize,
         /// The namespace.
         namespace: String,
         /// The policy.
@@ -402,6 +404,7 @@ impl<'a> Resolved<'a> {
         let mut asks = ArrayVec::new();
         for (index, Ask { policy: name, key, ask }) in acquire.asks.iter().enumerate() {
             let policy = namespace.policy(name).ok_or_else(|| AcquireError::UnknownPolicy {
+                ask: index,
                 namespace: acquire.namespace.to_owned(),
                 policy: (*name).to_owned(),
             })?;
@@ -433,3 +436,6 @@ impl<'a> Resolved<'a> {
         Some(Estimate { ask, cell, amount: cost })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,6 +10,7 @@ use std::{
 
 use fusebox_core::{Formers, Limit, TokenBucket, token_bucket::MAX_TOKENS};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use serde_saphyr::Location;
 use thiserror::Error;
 
 use crate::limits;
@@ -110,7 +111,7 @@ pub enum ConfigError {
         cause: std::io::Error,
     },
     /// The file is not a configuration.
-    #[error("{path}{place}: {field}{message}")]
+    #[error("{path}{place}:{field} {message}")]
     Invalid {
         /// The file.
         path: String,
@@ -165,14 +166,19 @@ impl Config {
                 error.into_inner()
             })
         });
-        parsed.map_err(|error| ConfigError::Invalid {
-            path: path.to_owned(),
-            place: error
-                .location()
-                .map(|place| format!(":{}:{}", place.line(), place.column()))
-                .unwrap_or_default(),
-            field: if field == "." || field.is_empty() { field } else { format!("`{field}`: ") },
-            message: error.to_string(),
+        parsed.map_err(|error| {
+            let place = error.location();
+            let at = |place: Location| format!(":{}:{}", place.line(), place.column());
+            ConfigError::Invalid {
+                path: path.to_owned(),
+                place: place.map(at).unwrap_or_default(),
+                field: if field.is_empty() || field == "." {
+                    String::new()
+                } else {
+                    format!(" `{field}`:")
+                },
+                message: message(&error.to_string(), path),
+            }
         })
     }
 
@@ -300,6 +306,16 @@ impl<'de> Deserialize<'de> for Durability {
     }
 }
 
+/// What the parser says, without the place that we say ourselves, and the lines around it.
+fn message(rendered: &str, path: &str) -> String {
+    let (first, snippet) = rendered.split_once('\n').unwrap_or((rendered, ""));
+    // `error: line 5 column 45: what is wrong`
+    let words = first.strip_prefix("error: line ").and_then(|rest| rest.split_once(": "));
+    let words = words.map_or(first, |(_, words)| words);
+    let text = format!("{words}\n{}", snippet.replace("<input>", path));
+    text.trim_end().replace("invalid u64", "not a whole number of 0 or more")
+}
+
 /// A duration, and not too long a one.
 fn drain_timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let timeout = duration::deserialize(deserializer)?;
@@ -351,5 +367,104 @@ mod duration {
 
     pub(super) fn serialize<S: Serializer>(duration: &Duration, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(&humantime::format_duration(*duration))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policies(text: &str) -> String {
+        format!("namespaces:\n  demo:\n    policies:\n      api: {text}\n")
+    }
+
+    #[test]
+    fn the_demo_is_the_one_that_the_papers_show() {
+        let demo = Config::demo().unwrap();
+        let policies: Vec<_> = demo
+            .namespaces
+            .iter()
+            .flat_map(|(namespace, policies)| {
+                policies.policies.keys().map(move |name| (namespace.as_str(), name.as_str()))
+            })
+            .collect();
+        assert_eq!(policies, [("demo", "api"), ("demo", "signup")]);
+        assert_eq!((demo.listen, demo.ops_listen), (default_listen(), default_ops_listen()));
+        demo.check_exposure(false).unwrap();
+    }
+
+    #[test]
+    fn what_is_printed_parses_to_the_same() {
+        let text = "drain_timeout: 1m 30s\nstorage: {engine: memory}\n".to_owned()
+            + &policies("{token_bucket: {limit: 7, per: 90s}, max_debt: 0}");
+        let config = Config::parse("a.yaml", &text).unwrap();
+        assert_eq!(Config::parse("b.yaml", &config.to_string()).unwrap(), config);
+        assert!(config.to_string().contains("burst: 7"), "with its defaults: {config}");
+    }
+
+    #[test]
+    fn a_mistake_is_told_by_file_line_and_field() {
+        let api = |text| policies(text);
+        let long = format!("{{ns{}: {{}}}}", "x".repeat(62));
+        for (text, place, field, words) in [
+            ("listen: here".into(), "1:9", "listen", "socket address"),
+            ("lisen: 127.0.0.1:1".into(), "1:1", "lisen", "unknown field `lisen`"),
+            ("drain_timeout: 11m".into(), "1:16", "drain_timeout", "at most 10m"),
+            ("storage: {engine: redis}".into(), "1:19", "storage.engine", "redis"),
+            ("storage: {durability: strict}".into(), "1:23", "storage.durability", "not supported"),
+            ("storage: {durability: no}".into(), "1:23", "storage.durability", "not a durability"),
+            ("namespaces: {Demo: {}}".into(), "1:14", "namespaces.Demo", "not a name"),
+            (format!("namespaces: {long}"), "1:14", "namespaces.nsx", "not a name"),
+            (api("{}"), "4:12", "api", "needs its limiter"),
+            (api("{tokenbucket: {}}"), "4:13", "api", "unknown field `tokenbucket`"),
+            (api("{token_bucket: {limit: 1}}"), "4:", "api.token_bucket", "missing field `per`"),
+            (api("{token_bucket: {limit: -1, per: 1s}}"), "4:35", "limit", "not a whole number"),
+            (api("{token_bucket: {limit: 1, per: 1x}}"), "4:43", "per", "`1x` is not a duration"),
+            (api("{token_bucket: {limit: 1, per: 400d}}"), "4:", "api", "`per` is"),
+            (api("{token_bucket: {limit: 1, per: 1s, burst: 0}}"), "4:", "api", "`burst` is 0"),
+            (api("{token_bucket: {limit: 0, per: 1s, burst: 1}}"), "4:", "api", "denies all"),
+            (
+                api("{token_bucket: {limit: 1, per: 1s}, max_debt: 1000000000001}"),
+                "4:",
+                "api",
+                "`max_debt`",
+            ),
+            (
+                api("{token_bucket: {limit: 1, per: 1s}, shadow: true}"),
+                "4:48",
+                "api.shadow",
+                "unknown field `shadow`",
+            ),
+            (api("{token_bucket: {limit: 1, per: 1s, limit: 2}}"), "4:", "limit", "duplicate"),
+        ] {
+            let error = Config::parse("some.yaml", &text).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("some.yaml:{place}")), "{place}: {error}");
+            let (first, _) = error.split_once('\n').unwrap();
+            assert!(first.contains(field) && first.contains(words), "{field}, {words}: {error}");
+        }
+    }
+
+    #[test]
+    fn more_policies_than_a_server_holds_are_refused() {
+        let policy = |index| format!("p{index}: {{token_bucket: {{limit: 1, per: 1s}}}}");
+        let many = |count: usize| {
+            let policies: Vec<_> = (0..count).map(policy).collect();
+            format!("namespaces: {{demo: {{policies: {{\n{}\n}}}}}}", policies.join(",\n"))
+        };
+        Config::parse("a.yaml", &many(limits::POLICIES)).unwrap();
+        let error = Config::parse("a.yaml", &many(limits::POLICIES + 1)).unwrap_err();
+        assert!(error.to_string().contains("at most 10000"), "{error}");
+    }
+
+    #[test]
+    fn an_address_that_others_reach_wants_a_word() {
+        for (text, setting) in
+            [("listen: 0.0.0.0:1", "`listen`"), ("ops_listen: '[::]:1'", "`ops_listen`")]
+        {
+            let config = Config::parse("a.yaml", text).unwrap();
+            let error = config.check_exposure(false).unwrap_err().to_string();
+            assert!(error.starts_with(setting) && error.contains("--insecure"), "{error}");
+            config.check_exposure(true).unwrap();
+        }
     }
 }

@@ -44,7 +44,7 @@ impl Lifecycle {
     }
 
     /// State is recovered: `app` decides from now on.
-    pub(crate) fn ready(&self, app: Arc<App>) {
+    pub fn ready(&self, app: Arc<App>) {
         if self.app.set(app).is_ok() {
             self.phase.store(1, Ordering::Release);
         }

@@ -61,7 +61,9 @@ pub(super) fn acquire(error: &AcquireError, path: &str) -> Status {
     let message = shortened(error.to_string());
     match error {
         AcquireError::UnknownNamespace(namespace) => not_found("namespace", namespace, message),
-        AcquireError::UnknownPolicy { policy, .. } => not_found("policy", policy, message),
+        AcquireError::UnknownPolicy { ask, policy, .. } => {
+            not_found("policy", policy, format!("{path}asks[{ask}].policy: {message}"))
+        }
         AcquireError::NeverPossible { ask, .. } => {
             let field = format!("{path}asks[{ask}].cost");
             violations(Code::InvalidArgument, vec![FieldViolation::new(field, message)])
@@ -100,11 +102,16 @@ fn shortened(mut text: String) -> String {
     text
 }
 
-/// What tonic answers where this service's contract says otherwise.
-pub(super) fn corrected(code: Code) -> Code {
-    match code {
-        // A message that is too large. Nothing here is a range that a caller could iterate over.
-        Code::OutOfRange => Code::ResourceExhausted,
-        code => code,
+/// What tonic answers to a message that it cannot take, as this service's contract says it.
+pub(super) fn corrected(status: Status) -> Status {
+    match status.code() {
+        // Nothing here is a range that a caller could iterate over.
+        Code::OutOfRange => Status::resource_exhausted(format!(
+            "the message is too large: at most {} bytes",
+            limits::MESSAGE_BYTES
+        )),
+        // The handlers have no internal errors: this is a message that is not one.
+        Code::Internal => Status::invalid_argument(shortened(status.message().to_owned())),
+        _ => status,
     }
 }

@@ -1,1 +1,142 @@
-fn main() {}
+//! Between decoder and encoder nothing is allocated: counted by the allocator itself.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(unsafe_code)] // an allocator cannot be counted without
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    sync::Arc,
+    time::Duration,
+};
+
+use fusebox_core::{Ask as CoreAsk, Outcome, Reason};
+use fusebox_proto::v1::{AcquireRequest, Ask, resilience_server::Resilience};
+use fusebox_server::{
+    app::{self, Acquire, App, Principal},
+    config::Config,
+    grpc::Service,
+    lifecycle::Lifecycle,
+    metrics::{Counters, Decisions, Metrics},
+    storage::{self, Answer, journal::Nothing},
+};
+use fusebox_tests::{Counting, ManualClock};
+use tonic::Code;
+
+struct Counted;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: everything is passed on to the system's allocator as it is.
+unsafe impl GlobalAlloc for Counted {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        // SAFETY: as our caller promised.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: as our caller promised.
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counted = Counted;
+
+/// Allocations of this thread while `work` runs.
+fn allocations<T>(work: impl FnOnce() -> T) -> (usize, T) {
+    let before = ALLOCATIONS.with(Cell::get);
+    let done = work();
+    (ALLOCATIONS.with(Cell::get) - before, done)
+}
+
+const CONFIG: &str = "
+namespaces:
+  test:
+    policies:
+      some: {token_bucket: {limit: 3, per: 1m}}
+      many: {token_bucket: {limit: 1000000, per: 1m}}
+";
+
+fn app(lifecycle: &Lifecycle) -> Arc<App> {
+    let config = Config::parse("test.yaml", CONFIG).unwrap();
+    let (clock, entropy) = (Arc::<ManualClock>::default(), Arc::<Counting>::default());
+    let recovered =
+        storage::recover(Box::new(Nothing), &config.namespaces, clock, &*entropy).unwrap();
+    let storage::Recovered { catalogue, cells, clock, boot, .. } = recovered;
+    let app = Arc::new(App::new(catalogue, cells, clock, entropy, Arc::default(), boot));
+    lifecycle.ready(Arc::clone(&app));
+    app
+}
+
+fn decide(app: &Arc<App>, policies: &[&str], cost: u64) -> bool {
+    let ask = CoreAsk { cost, estimated: false };
+    let asks = policies.iter().map(|policy| app::Ask { policy, key: "key", ask }).collect();
+    let caller = app.caller(Principal::Anonymous);
+    match app.acquire(caller, &Acquire { namespace: "test", asks }).unwrap() {
+        Answer::Now(acquired) => acquired.decision.allowed,
+        Answer::Later(_) => panic!("memory answers at once"),
+    }
+}
+
+#[test]
+fn the_counter_counts() {
+    assert_eq!(allocations(|| Box::new(1)).0, 1);
+}
+
+#[test]
+fn a_decision_on_live_cells_allocates_nothing() {
+    let app = app(&Lifecycle::default());
+    for policies in [&["some"][..], &["many"], &["some", "many"]] {
+        decide(&app, policies, 1); // the cells are born
+        for cost in [0, 1, 1, 1, 1] {
+            assert_eq!(allocations(|| decide(&app, policies, cost)).0, 0, "{policies:?} {cost}");
+        }
+    }
+}
+
+#[test]
+fn counting_allocates_nothing() {
+    let lifecycle = Arc::new(Lifecycle::default());
+    let metrics = Metrics::new(&lifecycle, &Arc::<Counters>::default()).unwrap();
+    let method = metrics.method("fusebox.v1.Resilience/Acquire");
+    assert_eq!(allocations(|| method.record(Duration::from_micros(30), Code::Ok)).0, 0);
+
+    let decisions = Decisions::default();
+    let denied = Outcome::Deny { reason: Reason::RateLimited, retry_after: None };
+    let counted = allocations(|| {
+        for (allowed, outcome) in [(true, Outcome::Allow), (false, Outcome::Allow), (false, denied)]
+        {
+            let decision = fusebox_core::Decision { allowed, verdicts: Default::default() };
+            decisions.count(&decision, outcome);
+        }
+    });
+    assert_eq!(counted.0, 0);
+}
+
+#[test]
+fn the_service_allocates_its_future_and_its_verdicts() {
+    let lifecycle = Arc::new(Lifecycle::default());
+    app(&lifecycle);
+    let service = Service::new(lifecycle);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let request = || {
+        let ask = Ask { policy: "many".into(), key: "key".into(), ..Default::default() };
+        tonic::Request::new(AcquireRequest {
+            namespace: "test".into(),
+            asks: vec![ask],
+            ..Default::default()
+        })
+    };
+    runtime.block_on(async {
+        service.acquire(request()).await.unwrap();
+        let request = request();
+        let before = ALLOCATIONS.with(Cell::get);
+        let answer = service.acquire(request).await;
+        let allocated = ALLOCATIONS.with(Cell::get) - before;
+        assert_eq!(answer.unwrap().get_ref().verdicts.len(), 1);
+        assert_eq!(allocated, 2, "the boxed future and the vector of verdicts");
+    });
+}

@@ -1,11 +1,13 @@
 //! Bad input: a clear error that names the field, and nothing charged.
 
 use fusebox_proto::v1::{
-    AcquireBatchRequest, AcquireRequest, Ask, CircuitDelta, Client, GrantOutcome, Priority,
-    ReportRequest,
+    AcquireBatchRequest, AcquireRequest, AcquireResponse, Ask, CircuitDelta, Client, GrantOutcome,
+    Priority, ReportRequest,
 };
 use fusebox_tests::Server;
-use tonic::{Code, Status};
+use http::uri::PathAndQuery;
+use tonic::{Code, Request, Status, client::Grpc};
+use tonic_prost::ProstCodec;
 use tonic_types::StatusExt;
 
 use crate::{CONFIG, ask, remaining, request};
@@ -166,7 +168,8 @@ async fn what_does_not_exist_is_named_and_a_long_name_is_not_repeated_whole() {
     let mut raw = server.raw().await;
     let refused = raw.acquire(request([ask("thrice", "a", 1)])).await.unwrap_err();
     assert_eq!(refused.code(), Code::NotFound);
-    assert_eq!(refused.message(), "unknown policy `thrice` in namespace `test`");
+    let message = "asks[0].policy: unknown policy `thrice` in namespace `test`";
+    assert_eq!(refused.message(), message);
     let details = refused.get_error_details();
     assert_eq!(details.resource_info().unwrap().resource_name, "thrice");
 
@@ -184,5 +187,27 @@ async fn a_message_that_is_too_large_is_the_servers_limit() {
     let large = request([Ask { key: "k".repeat(1024 * 1024), ..ask("three", "a", 1) }]);
     let refused = server.raw().await.acquire(large).await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert_eq!(refused.message(), "the message is too large: at most 1048576 bytes");
+    server.stop().await.unwrap();
+}
+
+/// Bytes in place of text: what a client of another language may well send as a key.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Bytes {
+    #[prost(bytes = "vec", tag = "1")]
+    namespace: Vec<u8>,
+}
+
+#[tokio::test]
+async fn a_message_that_is_not_one_is_the_callers_mistake() {
+    let server = Server::start(CONFIG).await;
+    let mut grpc = Grpc::new(server.channel().await);
+    grpc.ready().await.unwrap();
+    let path = PathAndQuery::from_static("/fusebox.v1.Resilience/Acquire");
+    let codec = ProstCodec::<Bytes, AcquireResponse>::default();
+    let request = Request::new(Bytes { namespace: vec![0xff, 0xfe] });
+    let refused = grpc.unary(request, path, codec).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+    assert!(refused.message().contains("namespace"), "{refused}");
     server.stop().await.unwrap();
 }
