@@ -70,7 +70,7 @@ pub enum Engine {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
-    /// What was charged since the last write, a fraction of a second earlier.
+    /// What was charged since the last write to disk, [`limits::RELAXED_INTERVAL`] earlier.
     #[default]
     Relaxed,
 }
@@ -391,6 +391,16 @@ mod tests {
         assert_eq!(policies, [("demo", "api"), ("demo", "signup")]);
         assert_eq!((demo.listen, demo.ops_listen), (default_listen(), default_ops_listen()));
         demo.check_exposure(false).unwrap();
+    }
+
+    #[test]
+    fn the_example_that_operators_copy_shows_the_defaults() {
+        let example =
+            Config::parse("fusebox.yaml", include_str!("../../deploy/fusebox.yaml")).unwrap();
+        let defaults = Config::parse("empty.yaml", "namespaces: {}").unwrap();
+        assert_eq!(example.namespaces.len(), 1);
+        let namespaces = example.namespaces.clone();
+        assert_eq!(example, Config { namespaces, ..defaults });
     }
 
     #[test]

@@ -20,7 +20,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::{Counting, ManualClock, Simulated};
+use crate::{Counting, ManualClock};
 
 /// A server on free ports of this machine.
 pub struct Server {
@@ -137,12 +137,5 @@ impl Server {
     pub async fn stop(self) -> Result<(), RunError> {
         self.ask_to_stop();
         self.ended().await
-    }
-
-    /// Ends the server as a loss of power does: of its journal only what was synced is left.
-    pub async fn lose_power(self, journal: &Simulated) {
-        journal.lose_power();
-        self.running.abort();
-        let _ = self.running.await;
     }
 }

@@ -35,7 +35,7 @@ impl Writer {
         self.journal.keeps()
     }
 
-    /// One round: every cell that changed since the last, each once.
+    /// One round: every cell that changed since the last, each once. What it wrote is on disk.
     ///
     /// # Errors
     /// The first failure is final: nothing is admitted or written any more.
@@ -58,6 +58,7 @@ impl Writer {
     }
 
     fn write_changes(&mut self) -> Result<(), JournalError> {
+        let mut wrote = false;
         for shard in 0..self.cells.shards() {
             let mut batch = Batch::default();
             for (id, cell) in self.cells.take_changes(shard) {
@@ -75,8 +76,9 @@ impl Writer {
             let clocks = Clocks::of(self.clock.pair()).encode_to_vec();
             batch.put(Keyspace::Meta, CLOCKS, clocks);
             self.journal.commit(batch)?;
+            wrote = true;
         }
-        Ok(())
+        if wrote { self.journal.sync() } else { Ok(()) }
     }
 
     /// The last round: returns when all of it is on disk.
