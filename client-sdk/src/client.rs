@@ -28,8 +28,13 @@ pub struct Client {
 #[derive(Debug, Error)]
 pub enum Error {
     /// There is no connection to the server.
-    #[error("cannot connect: {0}")]
-    Connect(#[from] tonic::transport::Error),
+    #[error("cannot connect to {endpoint}: {cause}")]
+    Connect {
+        /// Where the server should be.
+        endpoint: String,
+        /// What went wrong, told by the innermost of its sources.
+        cause: String,
+    },
     /// The server could not decide; its message says why.
     #[error("{:?}: {}", .0.code(), .0.message())]
     Status(#[from] Box<Status>),
@@ -47,11 +52,15 @@ impl Client {
         endpoint: impl Into<String>,
         namespace: impl Into<String>,
     ) -> Result<Self, Error> {
-        let endpoint = Endpoint::from_shared(endpoint.into())?
-            .connect_timeout(CONNECT_TIME)
-            .timeout(CALL_TIME)
-            .tcp_nodelay(true);
-        let channel = endpoint.connect().await?;
+        let endpoint = endpoint.into();
+        let connected = async {
+            let endpoint = Endpoint::from_shared(endpoint.clone())?;
+            endpoint.connect_timeout(CONNECT_TIME).tcp_nodelay(true).connect().await
+        };
+        let channel = connected.await.map_err(|error| {
+            let cause = innermost(&error).to_string();
+            Error::Connect { endpoint: endpoint.clone(), cause }
+        })?;
         Ok(Self { inner: ResilienceClient::new(channel), namespace: namespace.into() })
     }
 
@@ -88,7 +97,12 @@ impl Client {
     }
 }
 
-/// The server should not work on what the client no longer waits for.
+/// tonic's own words are "transport error"; what happened is further down.
+fn innermost<'a>(error: &'a (dyn std::error::Error + 'static)) -> &'a dyn std::error::Error {
+    std::iter::successors(Some(error), |error| error.source()).last().unwrap_or(error)
+}
+
+/// Ends the call after [`CALL_TIME`], here and at the server: it should not work on what nobody waits for.
 fn timed<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(CALL_TIME);

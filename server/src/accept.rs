@@ -5,11 +5,13 @@ use std::{
     io,
     pin::pin,
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use hyper::{rt::Executor, server::conn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulConnection,
     service::TowerToHyperService,
 };
 use tokio::{
@@ -18,32 +20,38 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{
-    grpc::calls::Calls,
-    limits,
-    metrics::{ConnectionCounts, Counters},
-};
+use crate::{counters::Connections, grpc::calls::Calls, limits, reservation::Reservation};
 
 /// One port: the tasks of its connections, and how they end.
 #[derive(Clone)]
 pub(crate) struct Port {
-    /// For log lines.
+    /// For log lines and metrics.
     pub(crate) name: &'static str,
-    /// Most connections at once.
-    pub(crate) connections: usize,
-    /// The port's own counts among all.
-    pub(crate) counts: fn(&Counters) -> &ConnectionCounts,
-    /// All counts.
-    pub(crate) counters: Arc<Counters>,
+    /// Its connections, counted.
+    pub(crate) connections: Arc<Connections>,
     /// Ends the accept loop, and asks connections to finish.
     pub(crate) stop: CancellationToken,
+    /// Most connections at once.
+    capacity: usize,
     /// Cuts the connections that are left.
-    pub(crate) cut: CancellationToken,
+    cut: CancellationToken,
     /// The accept loop, every connection and every call.
-    pub(crate) tasks: TaskTracker,
+    tasks: TaskTracker,
 }
 
 impl Port {
+    /// A port that has at most `capacity` connections at once.
+    pub(crate) fn new(name: &'static str, capacity: usize) -> Self {
+        Self {
+            name,
+            connections: Arc::default(),
+            stop: CancellationToken::new(),
+            capacity,
+            cut: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        }
+    }
+
     /// Starts to accept connections, each served by `serve` in a task of its own.
     pub(crate) fn open<S, F>(&self, listener: TcpListener, serve: S)
     where
@@ -60,19 +68,20 @@ impl Port {
     }
 
     /// Asks every connection to finish, and cuts after `patience` those that did not.
-    pub(crate) async fn close(&self, patience: std::time::Duration) {
+    pub(crate) async fn close(&self, patience: Duration) {
         self.stop.cancel();
         self.tasks.close();
         if tokio::time::timeout(patience, self.tasks.wait()).await.is_err() {
-            let left = self.counts().open.load(Ordering::Relaxed);
-            tracing::warn!(port = self.name, left, "drain_timeout is over; cutting connections");
+            let left = self.connections.open.load(Ordering::Relaxed);
+            tracing::warn!(
+                port = self.name,
+                left,
+                ?patience,
+                "cutting connections that did not finish"
+            );
             self.cut.cancel();
             self.tasks.wait().await;
         }
-    }
-
-    fn counts(&self) -> &ConnectionCounts {
-        (self.counts)(&self.counters)
     }
 
     async fn accept<S, F>(&self, listener: TcpListener, serve: S)
@@ -105,39 +114,38 @@ impl Port {
         S: Fn(Port, TcpStream) -> F,
         F: Future<Output = ()> + Send + 'static,
     {
-        let counts = self.counts();
-        let open = usize::try_from(counts.open.load(Ordering::Relaxed)).unwrap_or(0);
-        if open >= self.connections {
-            counts.refused.fetch_add(1, Ordering::Relaxed);
+        let Some(place) = Reservation::of(&self.connections.open, 1, self.capacity) else {
+            self.connections.refused.fetch_add(1, Ordering::Relaxed);
             return;
-        }
+        };
         // Answers are small and one to a packet: waiting to fill one only delays them.
         if stream.set_nodelay(true).is_err() {
             return;
         }
-        let connection = Connection::new(self.clone());
-        let cut = self.cut.clone();
         let served = serve(self.clone(), stream);
+        let cut = self.cut.clone();
         self.tasks.spawn(async move {
             cut.run_until_cancelled(served).await;
-            drop(connection);
+            drop(place);
         });
     }
-}
 
-/// An open connection, counted until dropped.
-struct Connection(Port);
-
-impl Connection {
-    fn new(port: Port) -> Self {
-        port.counts().open.fetch_add(1, Ordering::Relaxed);
-        Self(port)
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.0.counts().open.fetch_sub(1, Ordering::Relaxed);
+    /// Serves a connection to its end; once the port stops, no longer than for the calls in flight.
+    async fn serve<C>(&self, connection: C)
+    where
+        C: GracefulConnection<Error = hyper::Error>,
+    {
+        let mut connection = pin!(connection);
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = self.stop.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(port = self.name, %error, "a connection ended");
+        }
     }
 }
 
@@ -167,15 +175,7 @@ pub(crate) async fn serve_grpc(port: Port, mut stream: TcpStream, calls: Calls) 
         .max_header_list_size(limits::HEADER_BYTES)
         .max_pending_accept_reset_streams(limits::PENDING_RESETS)
         .serve_connection(TokioIo::new(stream), calls);
-    let mut connection = pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = port.stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    log_end(&port, ended);
+    port.serve(connection).await;
 }
 
 /// Serves the operations' HTTP/1.
@@ -184,21 +184,7 @@ pub(crate) async fn serve_http(port: Port, stream: TcpStream, router: axum::Rout
         .timer(TokioTimer::new())
         .header_read_timeout(limits::OPS_HEADER_WAIT)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    let mut connection = pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = port.stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    log_end(&port, ended);
-}
-
-fn log_end(port: &Port, ended: hyper::Result<()>) {
-    if let Err(error) = ended {
-        tracing::debug!(port = port.name, %error, "a connection ended");
-    }
+    port.serve(connection).await;
 }
 
 /// Runs the calls of a connection as tasks of its port, so that a drain waits for them too.

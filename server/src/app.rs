@@ -6,7 +6,7 @@ use std::sync::{Arc, atomic::Ordering};
 
 use arc_swap::ArcSwap;
 use arrayvec::ArrayVec;
-use fusebox_core::{Ask as CoreAsk, Charging, Decision, Kind, MAX_RULES, Time};
+use fusebox_core::{Charging, Cost, Decision, Kind, MAX_RULES, Time};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
@@ -15,9 +15,9 @@ pub use self::grants::{GrantId, Grants};
 use crate::{
     catalogue::{Catalogue, CellId, Policy},
     clock::ServerClock,
+    counters::Reports,
     entropy::Entropy,
     limits,
-    metrics::Counters,
     reservation::Reservation,
     storage::{Answer, CellAsk, Charge, Settlement, Storage, StorageError},
 };
@@ -54,8 +54,8 @@ pub struct Ask<'a> {
     pub policy: &'a str,
     /// Which bucket.
     pub key: &'a str,
-    /// What is asked.
-    pub ask: CoreAsk,
+    /// What it costs.
+    pub cost: Cost,
 }
 
 /// What became of an Acquire.
@@ -74,12 +74,10 @@ pub enum AcquireError {
     #[error("unknown namespace `{0}`")]
     UnknownNamespace(String),
     /// No such policy.
-    #[error("unknown policy `{policy}` in namespace `{namespace}`")]
+    #[error("unknown policy `{policy}`")]
     UnknownPolicy {
         /// Index of the ask.
         ask: usize,
-        /// The namespace.
-        namespace: String,
         /// The policy.
         policy: String,
     },
@@ -101,6 +99,17 @@ pub enum AcquireError {
         limits::OPEN_GRANTS
     )]
     GrantsFull,
+    /// The storage cannot.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
+
+/// Why nothing could be settled.
+#[derive(Debug, Error)]
+pub enum ReportError {
+    /// No such namespace.
+    #[error("unknown namespace `{0}`")]
+    UnknownNamespace(String),
     /// The storage cannot.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -142,7 +151,7 @@ pub struct App {
     grants: Grants,
     clock: ServerClock,
     entropy: Arc<dyn Entropy>,
-    counters: Arc<Counters>,
+    reports: Reports,
 }
 
 impl App {
@@ -152,16 +161,15 @@ impl App {
         storage: Arc<dyn Storage>,
         clock: ServerClock,
         entropy: Arc<dyn Entropy>,
-        counters: Arc<Counters>,
         boot: u64,
     ) -> Self {
         Self {
             catalogue: ArcSwap::from_pointee(catalogue),
             storage,
-            grants: Grants::new(boot),
+            grants: Grants::new(boot, limits::OPEN_GRANTS),
             clock,
             entropy,
-            counters,
+            reports: Reports::default(),
         }
     }
 
@@ -173,6 +181,11 @@ impl App {
     /// The grants that are open.
     pub fn grants(&self) -> &Grants {
         &self.grants
+    }
+
+    /// What became of reports.
+    pub fn reports(&self) -> &Reports {
+        &self.reports
     }
 
     /// Keys that are remembered.
@@ -195,9 +208,9 @@ impl App {
         acquire: &Acquire<'_>,
     ) -> Result<Answer<Acquired>, AcquireError> {
         let catalogue = self.catalogue.load();
-        let resolved = Resolved::new(&catalogue, acquire, false)?;
-        let room = self.reserve_grants(usize::from(resolved.estimate().is_some()))?;
-        Ok(self.decide(caller, &resolved, room)?)
+        let resolved = Resolved::new(&catalogue, acquire)?;
+        let grant = self.reserve_grant(&resolved)?;
+        Ok(self.decide(caller, &resolved, None, grant)?)
     }
 
     /// Decides each Acquire of a batch, in order, against one snapshot of the policies.
@@ -209,23 +222,26 @@ impl App {
         caller: Caller,
         entries: &[Acquire<'_>],
     ) -> Result<Vec<Answer<Acquired>>, BatchError> {
-        let whole = |error| BatchError { entry: None, error };
         let catalogue = self.catalogue.load();
-        let resolved = entries.iter().enumerate().map(|(index, entry)| {
-            Resolved::new(&catalogue, entry, true)
-                .map_err(|error| BatchError { entry: Some(index), error })
+        let in_entry = |index, error| BatchError { entry: Some(index), error };
+        let resolved = (0..).zip(entries).map(|(index, entry)| {
+            Resolved::new(&catalogue, entry).map_err(|error| in_entry(index, error))
         });
         let resolved = resolved.collect::<Result<Vec<_>, _>>()?;
 
         // All the room that any entry may need, so that none fails after another was charged.
-        let asks = entries.iter().map(|entry| entry.asks.len()).sum();
-        let _cells = self.storage.reserve(asks).map_err(AcquireError::from).map_err(whole)?;
-        let estimates = resolved.iter().filter(|entry| entry.estimate().is_some()).count();
-        let _grants = self.reserve_grants(estimates).map_err(whole)?;
-
-        let answers = resolved.iter().map(|entry| {
-            self.decide(caller, entry, None).map_err(AcquireError::from).map_err(whole)
+        let rooms = resolved.iter().map(|entry| {
+            let cells = self.storage.reserve(&entry.charge)?;
+            Ok((cells, self.reserve_grant(entry)?))
         });
+        let rooms = rooms.collect::<Result<Vec<_>, AcquireError>>();
+        let rooms = rooms.map_err(|error| BatchError { entry: None, error })?;
+
+        let answers =
+            (0..).zip(resolved.iter().zip(rooms)).map(|(index, (entry, (cells, grant)))| {
+                let answer = self.decide(caller, entry, Some(cells), grant);
+                answer.map_err(|error| in_entry(index, error.into()))
+            });
         answers.collect()
     }
 
@@ -238,9 +254,9 @@ impl App {
         caller: Caller,
         namespace: &str,
         outcomes: &[Outcome],
-    ) -> Result<Vec<Reported>, AcquireError> {
+    ) -> Result<Vec<Reported>, ReportError> {
         if self.catalogue.load().namespace(namespace).is_none() {
-            return Err(AcquireError::UnknownNamespace(namespace.to_owned()));
+            return Err(ReportError::UnknownNamespace(namespace.to_owned()));
         }
         let mut results = Vec::with_capacity(outcomes.len());
         for outcome in outcomes {
@@ -255,11 +271,10 @@ impl App {
                 Taken::Settled => Reported::Duplicate,
                 Taken::Unknown => Reported::UnknownGrant,
             };
-            let counts = &self.counters.reports;
             let count = match result {
-                Reported::Applied => &counts.applied,
-                Reported::Duplicate => &counts.duplicate,
-                Reported::UnknownGrant => &counts.unknown,
+                Reported::Applied => &self.reports.applied,
+                Reported::Duplicate => &self.reports.duplicate,
+                Reported::UnknownGrant => &self.reports.unknown_grant,
             };
             count.fetch_add(1, Ordering::Relaxed);
             results.push(result);
@@ -280,11 +295,10 @@ impl App {
         Ok(())
     }
 
-    fn reserve_grants(&self, amount: usize) -> Result<Option<Reservation>, AcquireError> {
-        if amount == 0 {
-            return Ok(None);
-        }
-        self.grants.reserve(amount).ok_or(AcquireError::GrantsFull).map(Some)
+    /// Room for the grant that an Acquire may open: one or none.
+    fn reserve_grant(&self, resolved: &Resolved<'_>) -> Result<Reservation, AcquireError> {
+        let amount = usize::from(resolved.estimate().is_some());
+        self.grants.reserve(amount).ok_or(AcquireError::GrantsFull)
     }
 
     /// Charges, and concludes now or once the charge is durable.
@@ -292,29 +306,30 @@ impl App {
         self: &Arc<Self>,
         caller: Caller,
         resolved: &Resolved<'_>,
-        room: Option<Reservation>,
+        cells: Option<Reservation>,
+        mut grant: Reservation,
     ) -> Result<Answer<Acquired>, StorageError> {
-        match self.storage.apply(&resolved.charge, caller.now)? {
-            Answer::Now(decision) => Ok(Answer::Now(self.conclude(
-                caller,
-                decision,
-                &resolved.policies,
-                resolved.estimate(),
-            ))),
+        let estimate = resolved.estimate();
+        match self.storage.apply(&resolved.charge, cells, caller.now)? {
+            Answer::Now(decision) => {
+                let policies = &resolved.policies;
+                Ok(Answer::Now(self.conclude(caller, decision, policies, estimate, &mut grant)))
+            }
             Answer::Later(decision) => {
                 // In a task of its own: when the caller goes away meanwhile, the grant must still be
                 // opened, or what it may give back would be out for ever.
                 let app = Arc::clone(self);
                 let policies: ArrayVec<Arc<Policy>, MAX_RULES> =
                     resolved.policies.iter().map(|policy| Arc::clone(policy)).collect();
-                let estimate = resolved.estimate();
                 let (answer, later) = oneshot::channel();
                 tokio::spawn(async move {
                     let decided = decision.await.unwrap_or_else(|_| Err(StorageError::gone()));
                     let policies: ArrayVec<&Arc<Policy>, MAX_RULES> = policies.iter().collect();
-                    let acquired =
-                        decided.map(|decided| app.conclude(caller, decided, &policies, estimate));
-                    drop(room);
+                    let acquired = decided.map(|decision| {
+                        app.conclude(caller, decision, &policies, estimate, &mut grant)
+                    });
+                    // Before the answer, so that who has it sees its room given back.
+                    drop(grant);
                     let _ = answer.send(acquired);
                 });
                 Ok(Answer::Later(later))
@@ -329,22 +344,24 @@ impl App {
         decision: Decision,
         policies: &[&Arc<Policy>],
         estimate: Option<Estimate>,
+        room: &mut Reservation,
     ) -> Acquired {
         for (policy, verdict) in policies.iter().zip(&decision.verdicts) {
             if verdict.cost > 0 {
-                policy.decisions.count(&decision, verdict.outcome);
+                policy.decisions.count(&decision, verdict.admission);
             }
         }
-        let grant = estimate.filter(|_| decision.allowed).map(|Estimate { ask, cell, amount }| {
-            let grant = Grant {
-                principal: caller.principal,
-                policy: Arc::clone(policies[ask]),
-                cell,
-                amount,
-                expires_at: caller.now.after(limits::ESTIMATE_LIFE),
-            };
-            (ask, self.grants.open_grant(grant, &*self.entropy))
-        });
+        let grant =
+            estimate.filter(|_| decision.allowed).and_then(|Estimate { ask, cell, amount }| {
+                let grant = Grant {
+                    principal: caller.principal,
+                    policy: Arc::clone(policies[ask]),
+                    cell,
+                    amount,
+                    expires_at: caller.now.after(limits::ESTIMATE_LIFE),
+                };
+                Some((ask, self.grants.open_grant(grant, room, &*self.entropy)?))
+            });
         Acquired { decision, grant }
     }
 
@@ -360,7 +377,7 @@ impl App {
         let settlement = Settlement {
             cell: grant.cell,
             number: policy.number,
-            policy: &policy.rule,
+            policy: &policy.settings,
             charged: grant.amount,
             actual: actual.unwrap_or(grant.amount),
         };
@@ -392,29 +409,24 @@ struct Estimate {
 }
 
 impl<'a> Resolved<'a> {
-    fn new(
-        catalogue: &'a Catalogue,
-        acquire: &Acquire<'_>,
-        reserved: bool,
-    ) -> Result<Self, AcquireError> {
+    fn new(catalogue: &'a Catalogue, acquire: &Acquire<'_>) -> Result<Self, AcquireError> {
         let namespace = catalogue
             .namespace(acquire.namespace)
             .ok_or_else(|| AcquireError::UnknownNamespace(acquire.namespace.to_owned()))?;
         let mut policies = ArrayVec::new();
         let mut asks = ArrayVec::new();
-        for (index, Ask { policy: name, key, ask }) in acquire.asks.iter().enumerate() {
+        for (index, Ask { policy: name, key, cost }) in acquire.asks.iter().enumerate() {
             let policy = namespace.policy(name).ok_or_else(|| AcquireError::UnknownPolicy {
                 ask: index,
-                namespace: acquire.namespace.to_owned(),
                 policy: (*name).to_owned(),
             })?;
             // A limit of 0 denies all, which is an answer; above another limit there is none.
-            let most = policy.rule.limit.most();
-            if most > 0 && ask.cost > most {
+            let most = policy.settings.limit.capacity();
+            if most > 0 && cost.tokens > most {
                 return Err(AcquireError::NeverPossible {
                     ask: index,
                     policy: (*name).to_owned(),
-                    cost: ask.cost,
+                    cost: cost.tokens,
                     most,
                 });
             }
@@ -422,18 +434,18 @@ impl<'a> Resolved<'a> {
             asks.push(CellAsk {
                 cell: policy.cells.cell(key),
                 number: policy.number,
-                policy: &policy.rule,
-                ask: *ask,
+                policy: &policy.settings,
+                cost: *cost,
             });
         }
-        let charge = Charge { charging: Charging::AllOrNothing, asks, reserved };
+        let charge = Charge { charging: Charging::AllOrNothing, asks };
         Ok(Self { policies, charge })
     }
 
     fn estimate(&self) -> Option<Estimate> {
-        let ask = self.charge.asks.iter().position(|ask| ask.ask.estimated)?;
-        let CellAsk { cell, ask: CoreAsk { cost, .. }, .. } = self.charge.asks[ask];
-        Some(Estimate { ask, cell, amount: cost })
+        let ask = self.charge.asks.iter().position(|ask| ask.cost.estimated)?;
+        let CellAsk { cell, cost, .. } = self.charge.asks[ask];
+        Some(Estimate { ask, cell, amount: cost.tokens })
     }
 }
 

@@ -4,7 +4,7 @@ use std::{collections::HashMap, fmt, hash::Hasher, sync::Arc};
 
 use siphasher::sip128::{Hash128, Hasher128, SipHasher24};
 
-use crate::metrics::Decisions;
+use crate::counters::Decisions;
 
 /// All policies at one moment.
 #[derive(Debug, Default)]
@@ -12,8 +12,8 @@ pub struct Catalogue {
     /// Counts the snapshots of this run.
     pub revision: u64,
     namespaces: HashMap<Box<str>, Namespace>,
-    /// By number; also those that the configuration no longer names, while cells of theirs may live.
-    numbered: Vec<Arc<Policy>>,
+    /// Also those that the configuration no longer names, while cells of theirs may live.
+    numbered: HashMap<PolicyNumber, Arc<Policy>>,
 }
 
 /// The policies of one tenant, by name.
@@ -29,27 +29,34 @@ pub struct Policy {
     pub namespace: Arc<str>,
     /// Its name.
     pub name: Arc<str>,
-    /// What its cells call it: given once, never reused in a data directory.
-    pub number: u32,
+    /// What its cells call it.
+    pub number: PolicyNumber,
     /// What decides.
-    pub rule: fusebox_core::Policy,
+    pub settings: fusebox_core::Policy,
     /// Names its cells.
     pub cells: CellHasher,
     /// Counts its decisions; outlives the snapshot.
     pub decisions: Arc<Decisions>,
 }
 
+/// What the cells of a policy call it: given once, never reused in a data directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PolicyNumber(pub u32);
+
 impl Catalogue {
-    /// A snapshot of policies in the order of their numbers; `named` says which of them can be asked.
-    pub fn new(revision: u64, numbered: Vec<Arc<Policy>>, named: &[bool]) -> Self {
-        let mut namespaces: HashMap<Box<str>, Namespace> = HashMap::new();
-        for policy in
-            numbered.iter().zip(named).filter_map(|(policy, named)| named.then_some(policy))
-        {
-            let namespace = namespaces.entry(policy.namespace.as_ref().into()).or_default();
-            namespace.policies.insert(policy.name.as_ref().into(), Arc::clone(policy));
+    /// A snapshot of these policies, each with whether it can be asked by name.
+    pub fn new(revision: u64, policies: impl IntoIterator<Item = (Policy, bool)>) -> Self {
+        let mut catalogue = Self { revision, ..Self::default() };
+        for (policy, named) in policies {
+            let policy = Arc::new(policy);
+            if named {
+                let namespace = policy.namespace.as_ref().into();
+                let namespace = catalogue.namespaces.entry(namespace).or_default();
+                namespace.policies.insert(policy.name.as_ref().into(), Arc::clone(&policy));
+            }
+            catalogue.numbered.insert(policy.number, policy);
         }
-        Self { revision, namespaces, numbered }
+        catalogue
     }
 
     /// The namespace of that name.
@@ -58,8 +65,17 @@ impl Catalogue {
     }
 
     /// The policy of that number.
-    pub fn numbered(&self, number: u32) -> Option<&Arc<Policy>> {
-        self.numbered.get(usize::try_from(number).ok()?)
+    pub fn numbered(&self, number: PolicyNumber) -> Option<&Arc<Policy>> {
+        self.numbered.get(&number)
+    }
+
+    /// Every policy that cannot be asked: the configuration no longer names it.
+    pub fn unnamed(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        let named = |policy: &Policy| {
+            self.namespace(&policy.namespace)
+                .is_some_and(|names| names.policy(&policy.name).is_some())
+        };
+        self.numbered.values().filter(move |policy| !named(policy))
     }
 
     /// Every policy that can be asked.

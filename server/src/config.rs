@@ -2,15 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    fmt, fs,
+    fmt,
+    fs::File,
+    io::{self, Read},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use fusebox_core::{Formers, Limit, TokenBucket, token_bucket::MAX_TOKENS};
+use fusebox_core::{Limit, TokenBucket};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
-use serde_saphyr::Location;
+use serde_saphyr::{DefaultMessageFormatter, MessageFormatter};
 use thiserror::Error;
 
 use crate::limits;
@@ -84,14 +86,12 @@ pub struct Namespace {
     pub policies: BTreeMap<Name, Policy>,
 }
 
-/// A policy as an operator writes it.
+/// A policy as an operator writes it, its defaults filled in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "PolicyFields")]
+#[serde(try_from = "PolicyFields", into = "PolicyFields")]
 pub struct Policy {
-    token_bucket: TokenBucketFields,
+    token_bucket: TokenBucket,
     max_debt: u64,
-    #[serde(skip)]
-    limit: TokenBucket,
 }
 
 /// Name of a namespace or a policy: `[a-z][a-z0-9_-]{0,62}`.
@@ -108,18 +108,18 @@ pub enum ConfigError {
         /// The file.
         path: String,
         /// What the system said.
-        cause: std::io::Error,
+        cause: io::Error,
     },
     /// The file is not a configuration.
-    #[error("{path}{place}:{field} {message}")]
+    #[error("{path}{place}: {field}{message}")]
     Invalid {
         /// The file.
         path: String,
-        /// `:line:column`, if known.
-        place: String,
-        /// The path of the field, if known.
-        field: String,
-        /// What is wrong, and the lines around it.
+        /// Line and column, if known.
+        place: Place,
+        /// The field, if known, from the top: `namespaces.demo.policies`.
+        field: Field,
+        /// What is wrong, and the line that it is in.
         message: String,
     },
     /// An address that anyone can reach, without a word that this is meant.
@@ -142,15 +142,7 @@ impl Config {
     /// If it cannot be read or is not a configuration; the message names file, line and field.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let shown = path.display().to_string();
-        let read = || {
-            let bytes = fs::metadata(path)?.len();
-            if bytes > limits::CONFIG_BYTES {
-                let message = format!("{bytes} bytes, above {}", limits::CONFIG_BYTES);
-                return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, message));
-            }
-            fs::read_to_string(path)
-        };
-        let text = read().map_err(|cause| ConfigError::Read { path: shown.clone(), cause })?;
+        let text = read(path).map_err(|cause| ConfigError::Read { path: shown.clone(), cause })?;
         Self::parse(&shown, &text)
     }
 
@@ -167,18 +159,10 @@ impl Config {
             })
         });
         parsed.map_err(|error| {
-            let place = error.location();
-            let at = |place: Location| format!(":{}:{}", place.line(), place.column());
-            ConfigError::Invalid {
-                path: path.to_owned(),
-                place: place.map(at).unwrap_or_default(),
-                field: if field.is_empty() || field == "." {
-                    String::new()
-                } else {
-                    format!(" `{field}`:")
-                },
-                message: message(&error.to_string(), path),
-            }
+            let place = Place(error.location().map(|place| (place.line(), place.column())));
+            let message = format!("{}{}", what_is_wrong(&error), place.shown_in(text));
+            let field = Field(Some(field).filter(|path| !path.is_empty() && path != "."));
+            ConfigError::Invalid { path: path.to_owned(), place, field, message }
         })
     }
 
@@ -223,13 +207,8 @@ impl Default for Storage {
 
 impl Policy {
     /// What decides, as its first revision.
-    pub fn rule(&self) -> fusebox_core::Policy {
-        fusebox_core::Policy {
-            limit: Limit::TokenBucket(self.limit),
-            revision: 1,
-            max_debt: self.max_debt,
-            formers: Formers::new(),
-        }
+    pub fn settings(&self) -> fusebox_core::Policy {
+        fusebox_core::Policy::new(Limit::TokenBucket(self.token_bucket), self.max_debt)
     }
 }
 
@@ -257,7 +236,7 @@ impl TryFrom<String> for Name {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PolicyFields {
     token_bucket: Option<TokenBucketFields>,
@@ -265,7 +244,7 @@ struct PolicyFields {
     max_debt: Option<u64>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TokenBucketFields {
     limit: u64,
@@ -277,20 +256,29 @@ struct TokenBucketFields {
 impl TryFrom<PolicyFields> for Policy {
     type Error = String;
 
-    fn try_from(fields: PolicyFields) -> Result<Self, String> {
-        let Some(token_bucket) = fields.token_bucket else {
+    fn try_from(PolicyFields { token_bucket, max_debt }: PolicyFields) -> Result<Self, String> {
+        let Some(TokenBucketFields { limit, per, burst }) = token_bucket else {
             return Err("a policy needs its limiter: `token_bucket`".into());
         };
-        let TokenBucketFields { limit, per, burst } = token_bucket;
         let burst = burst.unwrap_or(limit);
-        let limit = TokenBucket::new(limit, per, burst)
+        let max_debt = max_debt.unwrap_or(burst);
+        let token_bucket = TokenBucket::new(limit, per, burst)
             .map_err(|error| format!("`token_bucket`: {error}"))?;
-        let max_debt = fields.max_debt.unwrap_or(burst);
-        if max_debt > MAX_TOKENS {
+        if max_debt > limits::TOKENS {
             return Err(format!("`max_debt` is {max_debt}, above 10^12"));
         }
-        let token_bucket = TokenBucketFields { burst: Some(burst), ..token_bucket };
-        Ok(Self { token_bucket, max_debt, limit })
+        Ok(Self { token_bucket, max_debt })
+    }
+}
+
+impl From<Policy> for PolicyFields {
+    fn from(Policy { token_bucket, max_debt }: Policy) -> Self {
+        let token_bucket = TokenBucketFields {
+            limit: token_bucket.limit(),
+            per: token_bucket.per(),
+            burst: Some(token_bucket.burst()),
+        };
+        Self { token_bucket: Some(token_bucket), max_debt: Some(max_debt) }
     }
 }
 
@@ -306,14 +294,57 @@ impl<'de> Deserialize<'de> for Durability {
     }
 }
 
-/// What the parser says, without the place that we say ourselves, and the lines around it.
-fn message(rendered: &str, path: &str) -> String {
-    let (first, snippet) = rendered.split_once('\n').unwrap_or((rendered, ""));
-    // `error: line 5 column 45: what is wrong`
-    let words = first.strip_prefix("error: line ").and_then(|rest| rest.split_once(": "));
-    let words = words.map_or(first, |(_, words)| words);
-    let text = format!("{words}\n{}", snippet.replace("<input>", path));
-    text.trim_end().replace("invalid u64", "not a whole number of 0 or more")
+/// A place in a file, if known: line and column, from 1.
+#[derive(Clone, Copy, Debug)]
+pub struct Place(Option<(u64, u64)>);
+
+/// The path of a field, if known.
+#[derive(Clone, Debug)]
+pub struct Field(Option<String>);
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.map_or(Ok(()), |(line, column)| write!(f, ":{line}:{column}"))
+    }
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_ref().map_or(Ok(()), |path| write!(f, "`{path}`: "))
+    }
+}
+
+impl Place {
+    /// The line, with an arrow below the column.
+    fn shown_in(self, text: &str) -> String {
+        let shown = self.0.and_then(|(number, column)| {
+            let line = text.lines().nth(usize::try_from(number).ok()?.checked_sub(1)?)?;
+            let indent = " ".repeat(usize::try_from(column).ok()?.checked_sub(1)?);
+            let margin = " ".repeat(number.to_string().len());
+            Some(format!("\n{number} | {line}\n{margin} | {indent}^"))
+        });
+        shown.unwrap_or_default()
+    }
+}
+
+fn what_is_wrong(error: &serde_saphyr::Error) -> String {
+    match error.without_snippet() {
+        serde_saphyr::Error::InvalidScalar { ty: "u64", .. } => {
+            "not a whole number of 0 or more".to_owned()
+        }
+        error => DefaultMessageFormatter.format_message(error).into_owned(),
+    }
+}
+
+/// The text of a file that is not too large, also of one that does not know its size.
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(limits::CONFIG_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > limits::CONFIG_BYTES {
+        let message = format!("more than {} bytes", limits::CONFIG_BYTES);
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+    }
+    Ok(text)
 }
 
 /// A duration, and not too long a one.

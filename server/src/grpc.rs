@@ -52,8 +52,9 @@ impl Resilience for Service {
     ) -> Result<Response<AcquireResponse>, Status> {
         let (app, caller) = self.arrive()?;
         let acquire = parse::acquire(request.get_ref())?;
-        let answer = app.acquire(caller, &acquire).map_err(|error| status::acquire(&error, ""))?;
-        Ok(Response::new(respond::acquired(&settled(answer).await?)))
+        let answer = app.acquire(caller, &acquire);
+        let answer = answer.map_err(|error| status::acquire(&error, None))?;
+        Ok(Response::new(respond::acquired(&answered(answer).await?)))
     }
 
     async fn acquire_batch(
@@ -62,13 +63,11 @@ impl Resilience for Service {
     ) -> Result<Response<AcquireBatchResponse>, Status> {
         let (app, caller) = self.arrive()?;
         let entries = parse::batch(request.get_ref())?;
-        let answers = app.acquire_batch(caller, &entries).map_err(|batch| {
-            let entry = batch.entry.map(|entry| format!("requests[{entry}]."));
-            status::acquire(&batch.error, &entry.unwrap_or_default())
-        })?;
+        let answers = app.acquire_batch(caller, &entries);
+        let answers = answers.map_err(|batch| status::acquire(&batch.error, batch.entry))?;
         let mut responses = Vec::with_capacity(answers.len());
         for answer in answers {
-            responses.push(respond::acquired(&settled(answer).await?));
+            responses.push(respond::acquired(&answered(answer).await?));
         }
         Ok(Response::new(AcquireBatchResponse { responses }))
     }
@@ -83,15 +82,15 @@ impl Resilience for Service {
         let results = app
             .report(caller, &request.namespace, &outcomes)
             .await
-            .map_err(|error| status::acquire(&error, ""))?;
+            .map_err(|error| status::report(&error))?;
         Ok(Response::new(respond::reported(&results)))
     }
 }
 
-async fn settled(answer: Answer<Acquired>) -> Result<Acquired, Status> {
+async fn answered(answer: Answer<Acquired>) -> Result<Acquired, Status> {
     let acquired = match answer {
         Answer::Now(acquired) => Ok(acquired),
         Answer::Later(later) => later.await.unwrap_or_else(|_| Err(StorageError::gone())),
     };
-    acquired.map_err(|error| status::acquire(&error.into(), ""))
+    acquired.map_err(|error| status::acquire(&error.into(), None))
 }

@@ -11,6 +11,7 @@ pub mod catalogue;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod counters;
 pub mod entropy;
 pub mod grpc;
 pub mod lifecycle;

@@ -1,16 +1,16 @@
 //! Where the server is in its life.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicU8, Ordering},
-};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::RwLock;
 
 use crate::app::App;
 
 /// Where the server is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Phase {
     /// It recovers its state, and decides nothing yet.
+    #[default]
     Starting,
     /// It decides.
     Ready,
@@ -20,43 +20,84 @@ pub enum Phase {
     Failed,
 }
 
-/// The phase, and from `Ready` on the app.
+/// What happens in a life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    Recovered,
+    ShutDown,
+    StorageFailed,
+}
+
+impl Phase {
+    fn next(self, event: Event) -> Self {
+        match (self, event) {
+            (Self::Starting, Event::Recovered) => Self::Ready,
+            (Self::Starting | Self::Ready | Self::Draining, Event::ShutDown) => Self::Draining,
+            // A failure is told until the end, also while draining.
+            (_, Event::StorageFailed) | (Self::Failed, _) => Self::Failed,
+            (Self::Ready | Self::Draining, Event::Recovered) => self,
+        }
+    }
+}
+
+/// The phase, and what decides once state is recovered.
 #[derive(Default)]
 pub struct Lifecycle {
-    phase: AtomicU8,
+    phase: RwLock<Phase>,
     app: OnceLock<Arc<App>>,
 }
 
 impl Lifecycle {
     /// The phase now.
     pub fn phase(&self) -> Phase {
-        match self.phase.load(Ordering::Acquire) {
-            0 => Phase::Starting,
-            1 => Phase::Ready,
-            2 => Phase::Draining,
-            _ => Phase::Failed,
-        }
+        *self.phase.read()
     }
 
-    /// What decides, once there is one.
+    /// What decides, once state is recovered.
     pub fn app(&self) -> Option<&Arc<App>> {
         self.app.get()
     }
 
     /// State is recovered: `app` decides from now on.
-    pub fn ready(&self, app: Arc<App>) {
-        if self.app.set(app).is_ok() {
-            self.phase.store(1, Ordering::Release);
-        }
+    pub fn recovered(&self, app: Arc<App>) {
+        // There is one recovery in a life.
+        let _ = self.app.set(app);
+        self.happens(Event::Recovered);
     }
 
     /// The end begins.
-    pub(crate) fn drain(&self) {
-        self.phase.store(2, Ordering::Release);
+    pub(crate) fn shut_down(&self) {
+        self.happens(Event::ShutDown);
     }
 
     /// The storage failed.
-    pub(crate) fn fail(&self) {
-        self.phase.store(3, Ordering::Release);
+    pub(crate) fn storage_failed(&self) {
+        self.happens(Event::StorageFailed);
+    }
+
+    fn happens(&self, event: Event) {
+        let mut phase = self.phase.write();
+        *phase = phase.next(event);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_phase_knows_every_event() {
+        use Event::{Recovered, ShutDown, StorageFailed};
+        use Phase::{Draining, Failed, Ready, Starting};
+        for (phase, [recovered, shut_down, storage_failed]) in [
+            (Starting, [Ready, Draining, Failed]),
+            (Ready, [Ready, Draining, Failed]),
+            (Draining, [Draining, Draining, Failed]),
+            (Failed, [Failed, Failed, Failed]),
+        ] {
+            assert_eq!(phase.next(Recovered), recovered);
+            assert_eq!(phase.next(ShutDown), shut_down);
+            assert_eq!(phase.next(StorageFailed), storage_failed);
+        }
     }
 }

@@ -25,17 +25,34 @@ pub const KEY_BYTES: usize = 256;
 /// Bytes of the name of a namespace or policy: a DNS label, so that it fits metric labels and file names.
 pub const NAME_BYTES: usize = 63;
 
+/// Bytes of a caller's own text that an error repeats to it.
+pub const ECHOED_BYTES: usize = 64;
+
 /// Bytes of a grant id: three times what this server gives out.
 pub const GRANT_ID_BYTES: usize = 128;
 
 /// Field violations told for one request: enough to mend it, too few to make errors expensive.
 pub const VIOLATIONS: usize = 16;
 
+/// Earlier settings of a policy that are remembered, most tokens of a policy, its longest period: the
+/// core's.
+pub use fusebox_core::{
+    MAX_FORMERS as FORMERS,
+    token_bucket::{MAX_PER as PERIOD, MAX_TOKENS as TOKENS},
+};
+
 /// Policies of one server: each is a few metric series, and scrapes must stay small.
 pub const POLICIES: usize = 10_000;
 
 /// Bytes of a configuration file: ten thousand policies at a hundred bytes, four times over.
 pub const CONFIG_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Shards of the cells, a power of two: many times the cores, so that two callers rarely want the same
+/// lock, and enough that sweeping one never takes long.
+pub const CELL_SHARDS: usize = 256;
+
+/// Shards of the open grants, a power of two, as above.
+pub const GRANT_SHARDS: usize = 16;
 
 /// Live cells: at 64 bytes and a hash table's slack about 1.2 GB. Past it new keys are refused with
 /// `RESOURCE_EXHAUSTED`; those that live are served on.
@@ -73,8 +90,8 @@ pub const PREFACE_WAIT: Duration = Duration::from_secs(10);
 /// Wait for the headers of a request on the operations port.
 pub const OPS_HEADER_WAIT: Duration = Duration::from_secs(10);
 
-/// Time for one unary call, its body included, for a client that sets no deadline or a later one: a
-/// decision takes microseconds, so this only ends calls whose message never arrives.
+/// Time until a unary call is answered, for a client that sets no deadline or a later one: a decision
+/// takes microseconds, so this only ends calls whose message never arrives.
 pub const CALL_TIME: Duration = Duration::from_secs(30);
 
 /// Silence after which a connection is asked whether it is still there, and the wait for its answer.
@@ -87,15 +104,19 @@ pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// Wait for probes and scrapes that are under way when all else is done.
 pub const OPS_DRAIN: Duration = Duration::from_secs(1);
 
+/// Wait for threads that have nothing left to do when the program ends: a store that hangs must not keep
+/// it alive.
+pub const EXIT: Duration = Duration::from_secs(1);
+
 /// Longest drain: an orchestrator that waits longer than ten minutes is not one.
 pub const DRAIN: Duration = Duration::from_secs(600);
 
 /// With `durability: relaxed`, how far the disk may lag behind memory.
 pub const RELAXED_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Pause between two rounds of housekeeping. A round sweeps one shard of the cells and takes expired
-/// grants, so that neither ever stalls a request for longer than that.
-pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_millis(100);
+/// Pause between two rounds of housekeeping. A round sweeps one shard of the cells, 40,000 at most if all
+/// are live, and takes some expired grants; all shards are swept in 13 s.
+pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Expired grants taken in one round of housekeeping from each shard.
 pub const EXPIRED_PER_ROUND: usize = 1_024;

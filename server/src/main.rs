@@ -4,17 +4,17 @@ use std::{
     io::{self, IsTerminal, Write},
     net::SocketAddr,
     path::Path,
-    process::ExitCode,
+    process::{self, ExitCode},
     sync::Arc,
-    time::Duration,
 };
 
 use clap::Parser;
 use fusebox_server::{
     cli::{Cli, Command, Serve},
     clock::SystemClock,
-    config::{Config, Engine},
+    config::{Config, Engine, Storage},
     entropy::SystemEntropy,
+    limits,
     run::{self, Listeners, Parts},
     storage::journal::{Nothing, OpenJournal, Sled},
 };
@@ -26,8 +26,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
-/// The configuration, the command line or an address is wrong, not the server.
+/// The configuration or the command line is wrong.
 const MISUSE: u8 = 2;
+
+/// The server could not start, or not end well.
+const FAILURE: u8 = 1;
+
+/// As shells say it of a program that SIGINT ended.
+const INTERRUPTED: i32 = 130;
 
 fn main() -> ExitCode {
     match Cli::parse().command() {
@@ -56,11 +62,10 @@ fn start(options: &Serve) -> ExitCode {
     };
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
-        Err(error) => return fail(1, &format!("cannot start threads: {error}")),
+        Err(error) => return fail(FAILURE, &format!("cannot start threads: {error}")),
     };
     let ended = runtime.block_on(serve(options, config));
-    // A store that hangs must not keep a process alive that has nothing left to do.
-    runtime.shutdown_timeout(Duration::from_secs(1));
+    runtime.shutdown_timeout(limits::EXIT);
     ended.err().unwrap_or(ExitCode::SUCCESS)
 }
 
@@ -75,7 +80,10 @@ async fn serve(options: &Serve, config: Config) -> Result<(), ExitCode> {
     if config.namespaces.is_empty() {
         tracing::warn!("the configuration has no namespaces: every Acquire will be NOT_FOUND");
     }
-    print(&welcome(&listeners, options.is_demo()).map_err(|error| fail(1, &error.to_string()))?);
+    print(
+        &welcome(&listeners, options.is_demo())
+            .map_err(|error| fail(FAILURE, &error.to_string()))?,
+    );
     let parts = Parts {
         namespaces: config.namespaces,
         drain_timeout: config.drain_timeout,
@@ -83,16 +91,16 @@ async fn serve(options: &Serve, config: Config) -> Result<(), ExitCode> {
         clock: Arc::new(SystemClock::default()),
         entropy: Arc::new(SystemEntropy),
         journal: journal(config.storage),
-        shutdown: shutdown_on_signal().map_err(|error| fail(1, &error.to_string()))?,
+        shutdown: shutdown_on_signal().map_err(|error| fail(FAILURE, &error.to_string()))?,
     };
-    run::run(parts).await.map_err(|error| fail(1, &error.to_string()))
+    run::run(parts).await.map_err(|error| fail(FAILURE, &error.to_string()))
 }
 
-fn journal(storage: fusebox_server::config::Storage) -> OpenJournal {
-    Box::new(move || match storage.engine {
-        Engine::Sled => Ok(Box::new(Sled::open(&storage.path)?)),
-        Engine::Memory => Ok(Box::new(Nothing)),
-    })
+fn journal(storage: Storage) -> OpenJournal {
+    match storage.engine {
+        Engine::Sled => Box::new(move || Ok(Box::new(Sled::open(&storage.path)?))),
+        Engine::Memory => Nothing::open(),
+    }
 }
 
 async fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, ExitCode> {
@@ -104,18 +112,25 @@ async fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, ExitCod
     })
 }
 
-/// SIGTERM, as orchestrators send it, or SIGINT, as people do.
+/// SIGTERM, as orchestrators send it, or SIGINT, as people do; a second one does not wait for the drain.
 fn shutdown_on_signal() -> io::Result<CancellationToken> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let shutdown = CancellationToken::new();
     let told = shutdown.clone();
     tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        for patience in [true, false] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if patience {
+                told.cancel();
+            } else {
+                fail(FAILURE, "ended by a second signal, before the drain was over");
+                process::exit(INTERRUPTED);
+            }
         }
-        told.cancel();
     });
     Ok(shutdown)
 }

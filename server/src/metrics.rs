@@ -1,19 +1,13 @@
-//! What the server counts, and how `/metrics` tells it.
+//! How `/metrics` tells what the server counts.
 //!
-//! What a request counts are plain atomics that a scrape reads: counting neither allocates nor locks. The
-//! counters and gauges are observed by the OpenTelemetry meter. The histogram of call durations is a
-//! Prometheus one in the same registry, because every record of the meter's own takes a lock.
+//! The OpenTelemetry meter observes the [`counters`](crate::counters) at each scrape. The histogram of call
+//! durations is a Prometheus one in the same registry, because every record of the meter's own takes a lock.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicI64, AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use crossbeam_utils::CachePadded;
-use fusebox_core::{Decision, Outcome, Reason};
 use opentelemetry::{KeyValue, metrics::MeterProvider};
 use opentelemetry_sdk::{
     Resource,
@@ -22,73 +16,17 @@ use opentelemetry_sdk::{
 use prometheus::{Histogram, HistogramOpts, HistogramVec, Registry, TextEncoder};
 use tonic::Code;
 
-use crate::{lifecycle::Lifecycle, limits};
+use crate::{
+    counters::{Connections, DECISION_LABELS},
+    lifecycle::Lifecycle,
+    limits,
+};
 
 /// Bounds of the buckets of call durations, in seconds: a decision takes microseconds.
 const DURATION_SECONDS: [f64; 14] = [
     0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.1, 0.5,
     2.5, 10.0,
 ];
-
-/// What can become of one ask: label `decision` is the Acquire's, `reason` the ask's own.
-const DECISION_LABELS: [(&str, &str); 4] =
-    [("allow", ""), ("deny", ""), ("deny", "rate_limited"), ("deny", "blocked")];
-
-/// Decisions of one policy.
-#[derive(Debug, Default)]
-pub struct Decisions {
-    counts: CachePadded<[AtomicU64; DECISION_LABELS.len()]>,
-    debt_dropped: AtomicU64,
-}
-
-impl Decisions {
-    /// Counts what became of one ask of `decision`.
-    pub fn count(&self, decision: &Decision, outcome: Outcome) {
-        let index = match outcome {
-            _ if decision.allowed => 0,
-            Outcome::Allow => 1,
-            Outcome::Deny { reason: Reason::RateLimited, .. } => 2,
-            Outcome::Deny { reason: Reason::Blocked, .. } => 3,
-        };
-        self.counts[index].fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Counts tokens of debt that were forgiven, because the cell owed as much as it may.
-    pub fn count_dropped_debt(&self, tokens: u64) {
-        self.debt_dropped.fetch_add(tokens, Ordering::Relaxed);
-    }
-}
-
-/// What the server counts that belongs to no policy.
-#[derive(Debug, Default)]
-pub struct Counters {
-    /// Outcomes of reports by their result.
-    pub reports: ReportCounts,
-    /// Connections of the gRPC port.
-    pub grpc: ConnectionCounts,
-    /// Connections of the operations port.
-    pub ops: ConnectionCounts,
-}
-
-/// Outcomes of reports by their result.
-#[derive(Debug, Default)]
-pub struct ReportCounts {
-    /// Settled a grant.
-    pub applied: AtomicU64,
-    /// Came again.
-    pub duplicate: AtomicU64,
-    /// Named no open grant.
-    pub unknown: AtomicU64,
-}
-
-/// Connections of one port.
-#[derive(Debug, Default)]
-pub struct ConnectionCounts {
-    /// Open now.
-    pub open: AtomicI64,
-    /// Closed at once, because as many were open as may be.
-    pub refused: AtomicU64,
-}
 
 /// Everything that `/metrics` tells.
 pub struct Metrics {
@@ -99,13 +37,13 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers every metric; what is asked at each scrape comes from `lifecycle` and `counters`.
+    /// Registers every metric; `connections` are those of each port, by its name.
     ///
     /// # Errors
     /// If two metrics have one name, which is a mistake in this file.
     pub fn new(
         lifecycle: &Arc<Lifecycle>,
-        counters: &Arc<Counters>,
+        connections: &[(&'static str, Arc<Connections>)],
     ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
         let registry = Registry::new();
         let exporter = opentelemetry_prometheus::exporter()
@@ -123,7 +61,7 @@ impl Metrics {
                     .then(|| Stream::builder().with_cardinality_limit(series).build().ok())?
             })
             .build();
-        observe(&provider, lifecycle, counters);
+        observe(&provider, lifecycle, connections);
 
         let durations = HistogramVec::new(
             HistogramOpts::new(
@@ -172,7 +110,11 @@ impl MethodDurations {
     }
 }
 
-fn observe(provider: &SdkMeterProvider, lifecycle: &Arc<Lifecycle>, counters: &Arc<Counters>) {
+fn observe(
+    provider: &SdkMeterProvider,
+    lifecycle: &Arc<Lifecycle>,
+    connections: &[(&'static str, Arc<Connections>)],
+) {
     let meter = provider.meter("fusebox");
 
     let state = Arc::clone(lifecycle);
@@ -185,7 +127,7 @@ fn observe(provider: &SdkMeterProvider, lifecycle: &Arc<Lifecycle>, counters: &A
             let Some(app) = state.app() else { return };
             for policy in app.catalogue().policies() {
                 for (count, (decision, reason)) in
-                    policy.decisions.counts.iter().zip(DECISION_LABELS)
+                    policy.decisions.counts().into_iter().zip(DECISION_LABELS)
                 {
                     let labels = [
                         KeyValue::new("namespace", Arc::clone(&policy.namespace)),
@@ -193,7 +135,7 @@ fn observe(provider: &SdkMeterProvider, lifecycle: &Arc<Lifecycle>, counters: &A
                         KeyValue::new("decision", decision),
                         KeyValue::new("reason", reason),
                     ];
-                    observer.observe(count.load(Ordering::Relaxed), &labels);
+                    observer.observe(count, &labels);
                 }
             }
         })
@@ -210,21 +152,25 @@ fn observe(provider: &SdkMeterProvider, lifecycle: &Arc<Lifecycle>, counters: &A
                     KeyValue::new("namespace", Arc::clone(&policy.namespace)),
                     KeyValue::new("policy", Arc::clone(&policy.name)),
                 ];
-                observer.observe(policy.decisions.debt_dropped.load(Ordering::Relaxed), &labels);
+                observer.observe(policy.decisions.debt_dropped(), &labels);
             }
         })
         .build();
 
-    let counts = Arc::clone(counters);
+    let state = Arc::clone(lifecycle);
     meter
         .u64_observable_counter("fusebox_reports")
         .with_description("Outcomes reported, by their result")
         .with_callback(move |observer| {
-            let ReportCounts { applied, duplicate, unknown } = &counts.reports;
-            let results =
-                [("applied", applied), ("duplicate", duplicate), ("unknown_grant", unknown)];
-            for (result, count) in results {
-                observer.observe(count.load(Ordering::Relaxed), &[KeyValue::new("result", result)]);
+            let Some(app) = state.app() else { return };
+            let reports = app.reports();
+            for (result, count) in [
+                ("applied", &reports.applied),
+                ("duplicate", &reports.duplicate),
+                ("unknown_grant", &reports.unknown_grant),
+            ] {
+                let label = [KeyValue::new("result", result)];
+                observer.observe(count.load(Ordering::Relaxed), &label);
             }
         })
         .build();
@@ -251,26 +197,26 @@ fn observe(provider: &SdkMeterProvider, lifecycle: &Arc<Lifecycle>, counters: &A
         })
         .build();
 
-    let counts = Arc::clone(counters);
+    let ports = connections.to_vec();
     meter
-        .i64_observable_gauge("fusebox_connections")
+        .u64_observable_gauge("fusebox_connections")
         .with_description("Connections that are open")
         .with_callback(move |observer| {
-            for (port, connections) in [("grpc", &counts.grpc), ("ops", &counts.ops)] {
-                let label = [KeyValue::new("port", port)];
-                observer.observe(connections.open.load(Ordering::Relaxed), &label);
+            for (port, connections) in &ports {
+                let open = connections.open.load(Ordering::Relaxed) as u64;
+                observer.observe(open, &[KeyValue::new("port", *port)]);
             }
         })
         .build();
 
-    let counts = Arc::clone(counters);
+    let ports = connections.to_vec();
     meter
         .u64_observable_counter("fusebox_refused_connections")
         .with_description("Connections closed at once, because as many were open as may be")
         .with_callback(move |observer| {
-            for (port, connections) in [("grpc", &counts.grpc), ("ops", &counts.ops)] {
-                let label = [KeyValue::new("port", port)];
-                observer.observe(connections.refused.load(Ordering::Relaxed), &label);
+            for (port, connections) in &ports {
+                let refused = connections.refused.load(Ordering::Relaxed);
+                observer.observe(refused, &[KeyValue::new("port", *port)]);
             }
         })
         .build();

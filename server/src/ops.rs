@@ -45,7 +45,7 @@ async fn readyz(State(ops): State<Ops>) -> impl IntoResponse {
 }
 
 async fn metrics_text(State(ops): State<Ops>) -> impl IntoResponse {
-    let headers = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    let headers = [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)];
     match ops.metrics.text() {
         Ok(text) => (StatusCode::OK, headers, text),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, headers, format!("{error}\n")),

@@ -14,16 +14,19 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// `amount` more of what `taken` counts; `None` if that is above `capacity`.
+    /// `amount` more of what `taken` counts; `None` if that is above `capacity`. Nothing always fits.
     pub fn of(taken: &Arc<AtomicUsize>, amount: usize, capacity: usize) -> Option<Self> {
         let before = taken.fetch_add(amount, Ordering::Relaxed);
         let reservation = Self { taken: Arc::clone(taken), amount };
-        (before + amount <= capacity).then_some(reservation)
+        (amount == 0 || before + amount <= capacity).then_some(reservation)
     }
 
-    /// Keeps one of the share for good: whoever has it now gives it back.
-    pub fn keep_one(&mut self) {
-        self.amount = self.amount.saturating_sub(1);
+    /// Keeps one of the share for good: whoever has it now gives it back. `false` if none is left.
+    #[must_use]
+    pub fn keep_one(&mut self) -> bool {
+        let left = self.amount.checked_sub(1);
+        self.amount = left.unwrap_or(0);
+        left.is_some()
     }
 }
 
@@ -42,7 +45,7 @@ mod tests {
         let taken = Arc::new(AtomicUsize::new(0));
         let mut three = Reservation::of(&taken, 3, 4).unwrap();
         assert!(Reservation::of(&taken, 2, 4).is_none(), "a refusal takes nothing");
-        three.keep_one();
+        assert!(three.keep_one());
         drop(three);
         assert_eq!(taken.load(Ordering::Relaxed), 1);
     }

@@ -13,7 +13,7 @@ use std::{
 use fusebox_proto::v1::resilience_server::ResilienceServer;
 use thiserror::Error;
 use tokio::{net::TcpListener, sync::watch, time::MissedTickBehavior};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tonic::{server::NamedService, service::Routes};
 use tonic_health::{
     ServingStatus,
@@ -30,7 +30,7 @@ use crate::{
     grpc::{Service, calls::Calls},
     lifecycle::Lifecycle,
     limits,
-    metrics::{Counters, Metrics},
+    metrics::Metrics,
     ops,
     storage::{
         self, RecoveryError, Writer,
@@ -74,7 +74,7 @@ pub enum RunError {
     #[error("the last state is not all written: {0}")]
     Flush(#[source] JournalError),
     /// A mistake in the server itself.
-    #[error("cannot start: {0}")]
+    #[error("a mistake in fusebox itself, please report it: {0}")]
     Internal(String),
 }
 
@@ -85,28 +85,19 @@ pub enum RunError {
 /// If state could not be recovered, or not be written at the end.
 pub async fn run(parts: Parts) -> Result<(), RunError> {
     let lifecycle = Arc::new(Lifecycle::default());
-    let counters = Arc::new(Counters::default());
-    let metrics = Metrics::new(&lifecycle, &counters).map_err(internal)?;
-    let port = |name, connections, counts| Port {
-        name,
-        connections,
-        counts,
-        counters: Arc::clone(&counters),
-        stop: CancellationToken::new(),
-        cut: CancellationToken::new(),
-        tasks: TaskTracker::new(),
-    };
+    let grpc = Port::new("grpc", limits::GRPC_CONNECTIONS);
+    let ops = Port::new("ops", limits::OPS_CONNECTIONS);
+    let connections = [&grpc, &ops].map(|port| (port.name, Arc::clone(&port.connections)));
+    let metrics = Metrics::new(&lifecycle, &connections).map_err(internal)?;
 
     // Both ports answer while state is still being recovered: probes must see that the process lives.
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, ServingStatus::NotServing).await;
-    let grpc = port("grpc", limits::GRPC_CONNECTIONS, |counters| &counters.grpc);
     let routes = routes(Service::new(Arc::clone(&lifecycle)), health_service)?;
     let calls = Calls::new(routes, Arc::clone(&parts.clock), &metrics, grpc.stop.clone());
     grpc.open(parts.listeners.grpc, move |port, stream| {
         accept::serve_grpc(port, stream, calls.clone())
     });
-    let ops = port("ops", limits::OPS_CONNECTIONS, |counters| &counters.ops);
     let router = ops::router(Arc::clone(&lifecycle), Arc::new(metrics));
     ops.open(parts.listeners.ops, move |port, stream| {
         accept::serve_http(port, stream, router.clone())
@@ -114,39 +105,42 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
 
     let (namespaces, clock, entropy) = (parts.namespaces, parts.clock, Arc::clone(&parts.entropy));
     let recovery = tokio::task::spawn_blocking(move || {
-        let journal = (parts.journal)().map_err(RecoveryError::from)?;
-        storage::recover(journal, &namespaces, clock, &*entropy)
+        storage::recover(parts.journal, &namespaces, clock, &*entropy)
     });
-    let recovered = match recovery.await.map_err(internal)? {
-        Ok(recovered) => recovered,
-        Err(error) => {
-            grpc.close(Duration::ZERO).await;
-            ops.close(Duration::ZERO).await;
-            return Err(error.into());
-        }
+    let recovered = tokio::select! {
+        recovered = recovery => recovered.map_err(internal)?.map_err(RunError::Recovery).map(Some),
+        // Nothing has been decided yet, so there is nothing to finish and nothing to write.
+        () = parts.shutdown.cancelled() => Ok(None),
+    };
+    let Ok(Some(recovered)) = recovered else {
+        lifecycle.shut_down();
+        grpc.close(Duration::ZERO).await;
+        ops.close(Duration::ZERO).await;
+        return recovered.map(|_| ());
     };
     let storage::Recovered { catalogue, cells, writer, clock, boot } = recovered;
     tracing::info!(
         boot,
         policies = catalogue.policies().count(),
+        catalogue = catalogue.revision,
         live_cells = storage::Storage::live(&*cells),
         "ready"
     );
-    let app = Arc::new(App::new(catalogue, cells, clock, parts.entropy, counters, boot));
+    let app = Arc::new(App::new(catalogue, cells, clock, parts.entropy, boot));
     let writer = WriterThread::spawn(writer).map_err(internal)?;
-    lifecycle.ready(Arc::clone(&app));
+    lifecycle.recovered(Arc::clone(&app));
     set_health(&health, ServingStatus::Serving).await;
 
     tend_until(&parts.shutdown, &app, &writer, &lifecycle, &health).await;
 
     tracing::info!(drain_timeout = ?parts.drain_timeout, "draining");
-    lifecycle.drain();
+    lifecycle.shut_down();
     set_health(&health, ServingStatus::NotServing).await;
     grpc.close(parts.drain_timeout).await;
     let flushed = writer.finish().await;
     // Last, so that probes can watch the drain; scrapers have until now as well.
     ops.close(limits::OPS_DRAIN).await;
-    flushed.inspect(|()| tracing::info!("stopped; state is written"))
+    flushed.inspect(|()| tracing::info!("stopped"))
 }
 
 /// All services behind the gRPC port.
@@ -189,7 +183,7 @@ async fn tend_until(
         }
     }
     // Up, so that it can be looked at; ready for nothing, so that nobody relies on it.
-    lifecycle.fail();
+    lifecycle.storage_failed();
     set_health(health, ServingStatus::NotServing).await;
     shutdown.cancelled().await;
 }
@@ -218,9 +212,8 @@ impl WriterThread {
         let (stop, stopped) = mpsc::channel();
         let (fail, failed) = watch::channel(false);
         let thread = thread::Builder::new().name("writer".into()).spawn(move || {
-            let mut failing = false;
             while stopped.recv_timeout(limits::RELAXED_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                if !writer.follows() || failing {
+                if !writer.keeps() || *fail.borrow() {
                     continue;
                 }
                 if let Err(error) = writer.round() {
@@ -229,7 +222,6 @@ impl WriterThread {
                         "the storage failed: nothing is admitted from here on. \
                          Free space or mend the disk, then restart"
                     );
-                    failing = true;
                     let _ = fail.send(true);
                 }
             }

@@ -10,7 +10,7 @@ mod recovery;
 mod writer;
 
 use arrayvec::ArrayVec;
-use fusebox_core::{Ask, Cell, Charging, Decision, MAX_RULES, Policy, Settled, Time};
+use fusebox_core::{Cell, Charging, Cost, Decision, MAX_RULES, Policy, Settled, Time};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
@@ -20,17 +20,23 @@ pub use self::{
     writer::Writer,
 };
 use crate::{
-    catalogue::{Catalogue, CellId},
+    catalogue::{Catalogue, CellId, PolicyNumber},
     reservation::Reservation,
 };
 
 /// Owns cells: decides over them and keeps them.
 pub trait Storage: Send + Sync + 'static {
-    /// Decides over all asks of `charge` together, and charges their cells.
+    /// Decides over all asks of `charge` together, and charges their cells. New cells take of `room` what
+    /// was [reserved](Self::reserve) for them; without it, they need room now.
     ///
     /// # Errors
     /// If nothing could be decided; then nothing was charged.
-    fn apply(&self, charge: &Charge<'_>, now: Time) -> Result<Answer<Decision>, StorageError>;
+    fn apply(
+        &self,
+        charge: &Charge<'_>,
+        room: Option<Reservation>,
+        now: Time,
+    ) -> Result<Answer<Decision>, StorageError>;
 
     /// Corrects the charge of an estimate by what it really cost.
     ///
@@ -42,12 +48,11 @@ pub trait Storage: Send + Sync + 'static {
         now: Time,
     ) -> Result<Answer<Settled<Cell>>, StorageError>;
 
-    /// Makes sure of room for so many new cells, so that the charges that follow cannot fail for want of
-    /// it half-way.
+    /// Makes sure of room for the cells that `charge` may create, so that it cannot fail for want of it.
     ///
     /// # Errors
     /// [`StorageError::Full`].
-    fn reserve(&self, cells: usize) -> Result<Reservation, StorageError>;
+    fn reserve(&self, charge: &Charge<'_>) -> Result<Reservation, StorageError>;
 
     /// One bounded round of housekeeping: drops some of the cells that are full, which is the same as none.
     fn tend(&self, catalogue: &Catalogue, now: Time);
@@ -72,8 +77,6 @@ pub struct Charge<'a> {
     pub charging: Charging,
     /// What is asked, 1 to 16.
     pub asks: ArrayVec<CellAsk<'a>, MAX_RULES>,
-    /// Room for new cells has been [reserved](Storage::reserve).
-    pub reserved: bool,
 }
 
 /// One ask and the cell that it charges.
@@ -81,12 +84,12 @@ pub struct Charge<'a> {
 pub struct CellAsk<'a> {
     /// The cell.
     pub cell: CellId,
-    /// Number of the policy.
-    pub number: u32,
+    /// What the cell calls its policy.
+    pub number: PolicyNumber,
     /// Who judges.
     pub policy: &'a Policy,
-    /// What is asked.
-    pub ask: Ask,
+    /// What it costs.
+    pub cost: Cost,
 }
 
 /// The true cost of an estimate.
@@ -94,8 +97,8 @@ pub struct CellAsk<'a> {
 pub struct Settlement<'a> {
     /// The cell that was charged.
     pub cell: CellId,
-    /// Number of the policy.
-    pub number: u32,
+    /// What the cell calls its policy.
+    pub number: PolicyNumber,
     /// Who judged.
     pub policy: &'a Policy,
     /// Tokens that were charged.

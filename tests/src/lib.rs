@@ -11,5 +11,5 @@ mod server;
 pub use self::{
     clock::{Counting, ManualClock},
     journal::Simulated,
-    server::Server,
+    server::{PATIENCE, Server, eventually},
 };

@@ -22,6 +22,19 @@ use tonic_health::pb::{
 
 use crate::{Counting, ManualClock};
 
+/// Longer than anything in a test takes; only one that fails ever waits for it.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Returns once `holds` does; what other tasks do to it is not to be waited for in another way.
+pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let held = async {
+        while !holds().await {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, held).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
 /// A server on free ports of this machine.
 pub struct Server {
     /// Where gRPC is served.
@@ -37,7 +50,7 @@ pub struct Server {
 impl Server {
     /// Starts a server that keeps nothing, and waits until it is ready.
     pub async fn start(config: &str) -> Self {
-        Self::start_on(Box::new(|| Ok(Box::new(Nothing))), Arc::default(), config).await
+        Self::start_on(Nothing::open(), Arc::default(), config).await
     }
 
     /// Starts a server on a journal, and waits until it is ready.

@@ -4,7 +4,7 @@ use core::time::Duration;
 
 use arrayvec::ArrayVec;
 
-use crate::{Ask, Cell, Kind, Level, Outcome, Policy, Settled, Settlement, Time};
+use crate::{Admission, Cell, Cost, Kind, Level, Policy, Settled, Settlement, Time};
 
 /// Most rules that one decision takes: as many as an Acquire has asks.
 pub const MAX_RULES: usize = 16;
@@ -18,15 +18,15 @@ pub type Cells = ArrayVec<Option<Cell>, MAX_RULES>;
 /// The verdicts of one decision, in the order of its rules.
 pub type Verdicts = ArrayVec<Verdict, MAX_RULES>;
 
-/// One ask, the policy that judges it and the cell that it charges.
+/// One cost, the policy that judges it and the cell that it charges.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule<'a> {
     /// Index of the cell. Two rules may name the same: the later one sees what the earlier one charges.
     pub cell: usize,
     /// Who judges.
     pub policy: &'a Policy,
-    /// What is asked.
-    pub ask: Ask,
+    /// What it costs.
+    pub cost: Cost,
 }
 
 /// What is charged when not every rule allows.
@@ -46,7 +46,7 @@ pub struct Verdict {
     /// Tokens that were asked for; 0 was a peek.
     pub cost: u64,
     /// Whether the rule alone allows.
-    pub outcome: Outcome,
+    pub admission: Admission,
     /// Most tokens that could ever be granted at once.
     pub limit: u64,
     /// Whole tokens left, after what was charged.
@@ -79,20 +79,20 @@ pub fn apply(rules: &Rules<'_>, charging: Charging, cells: &mut Cells, now: Time
     for rule in rules {
         let cell = &mut planned[rule.cell];
         let state = cell.map(|cell| rule.policy.current(cell));
-        let plan = rule.policy.limit.plan(state, rule.ask, now);
-        let allows = plan.outcome == Outcome::Allow;
+        let plan = rule.policy.limit.plan(state, rule.cost, now);
+        let allows = plan.admission == Admission::Allow;
         allowed &= allows;
         let charge = match charging {
             Charging::AllOrNothing | Charging::EachAlone => allows,
             Charging::Always => true,
-        } && rule.ask.cost > 0;
+        } && rule.cost.tokens > 0;
         if charge {
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
         }
         let Level { remaining, reset_after } = if charge { plan.after } else { plan.before };
         verdicts.push(Verdict {
-            cost: rule.ask.cost,
-            outcome: plan.outcome,
+            cost: rule.cost.tokens,
+            admission: plan.admission,
             limit: plan.limit,
             remaining,
             reset_after,
@@ -104,13 +104,13 @@ pub fn apply(rules: &Rules<'_>, charging: Charging, cells: &mut Cells, now: Time
         // all that is asked of the cell, as only all of it would be charged.
         for (index, (rule, verdict)) in rules.iter().zip(&mut verdicts).enumerate() {
             let same_cell = rules[..=index].iter().filter(|other| other.cell == rule.cell);
-            let cost = same_cell.fold(0, |cost: u64, other| cost.saturating_add(other.ask.cost));
+            let cost = same_cell.fold(0, |cost: u64, other| cost.saturating_add(other.cost.tokens));
             let state = cells[rule.cell].map(|cell| rule.policy.current(cell));
-            let plan = rule.policy.limit.plan(state, Ask { cost, estimated: false }, now);
+            let plan = rule.policy.limit.plan(state, Cost { tokens: cost, estimated: false }, now);
             let Level { remaining, reset_after } = plan.before;
             (verdict.remaining, verdict.reset_after) = (remaining, reset_after);
-            if verdict.outcome != Outcome::Allow {
-                verdict.outcome = plan.outcome;
+            if verdict.admission != Admission::Allow {
+                verdict.admission = plan.admission;
             }
         }
     } else {

@@ -15,10 +15,10 @@ pub trait Kind: Sized {
     type State: Copy;
 
     /// Most that an ask could ever be granted at once. More is never possible; 0 blocks all.
-    fn most(&self) -> u64;
+    fn capacity(&self) -> u64;
 
     /// Decides one ask, and says what the cell would be after it.
-    fn plan(&self, state: Option<Self::State>, ask: Ask, now: Time) -> Plan<Self::State>;
+    fn plan(&self, state: Option<Self::State>, cost: Cost, now: Time) -> Plan<Self::State>;
 
     /// Corrects a charge by what it really cost.
     fn settle(
@@ -49,10 +49,10 @@ pub trait Kind: Sized {
 
 /// What one ask wants of one cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ask {
+pub struct Cost {
     /// Tokens to charge; 0 is a peek.
-    pub cost: u64,
-    /// The cost is an estimate, to be settled later.
+    pub tokens: u64,
+    /// They are an estimate, to be settled later.
     pub estimated: bool,
 }
 
@@ -84,7 +84,7 @@ pub struct Settled<S> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan<S> {
     /// The answer.
-    pub outcome: Outcome,
+    pub admission: Admission,
     /// Most tokens that could ever be granted at once.
     pub limit: u64,
     /// The cell as it is.
@@ -107,7 +107,7 @@ pub struct Level {
 
 /// Whether an ask may be charged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum Admission {
     /// It may.
     Allow,
     /// It may not.
@@ -145,16 +145,16 @@ pub enum State {
 impl Kind for Limit {
     type State = State;
 
-    fn most(&self) -> u64 {
+    fn capacity(&self) -> u64 {
         let Self::TokenBucket(bucket) = self;
-        bucket.most()
+        bucket.capacity()
     }
 
-    fn plan(&self, state: Option<State>, ask: Ask, now: Time) -> Plan<State> {
+    fn plan(&self, state: Option<State>, cost: Cost, now: Time) -> Plan<State> {
         let Self::TokenBucket(bucket) = self;
-        let plan = bucket.plan(state.map(token_bucket), ask, now);
+        let plan = bucket.plan(state.map(token_bucket), cost, now);
         Plan {
-            outcome: plan.outcome,
+            admission: plan.admission,
             limit: plan.limit,
             before: plan.before,
             after: plan.after,

@@ -4,8 +4,8 @@ use arrayvec::ArrayVec;
 
 use crate::{Kind, Limit, State, Time};
 
-/// How many earlier settings of a policy are remembered: a cell that slept through more changes converts
-/// from the oldest one known, which can only refill it less.
+/// How many earlier settings of a policy are remembered. A cell that slept through more changes is
+/// refilled by nothing up to the end of the oldest one known.
 pub const MAX_FORMERS: usize = 8;
 
 /// Earlier settings of a policy, oldest first.
@@ -45,6 +45,12 @@ pub struct Cell {
 }
 
 impl Policy {
+    /// A policy that has never been another.
+    #[must_use]
+    pub fn new(limit: Limit, max_debt: u64) -> Self {
+        Self { limit, revision: 1, max_debt, formers: Formers::new() }
+    }
+
     /// The policy's next revision: `limit` from `at` on.
     #[must_use]
     pub fn changed(&self, limit: Limit, at: Time) -> Self {

@@ -10,7 +10,7 @@ use core::{num::NonZeroU64, time::Duration};
 use thiserror::Error;
 
 use crate::{
-    Ask, Kind, Level, Outcome, Plan, Reason, Settled, Settlement, Time, time::saturating_nanos,
+    Admission, Cost, Kind, Level, Plan, Reason, Settled, Settlement, Time, time::saturating_nanos,
 };
 
 /// Most tokens of a limit or burst: 10^12. With [`MAX_PER`] every product stays far inside 128 bits.
@@ -20,6 +20,8 @@ pub const MAX_TOKENS: u64 = 1_000_000_000_000;
 pub const MAX_PER: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 /// `limit` tokens flow in each `per`; at most `burst` gather.
+///
+/// Waits are told up to 584 years, the end of server time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenBucket {
     limit: u64,
@@ -76,7 +78,13 @@ impl TokenBucket {
     /// The period.
     #[must_use]
     pub const fn per(&self) -> Duration {
-        Duration::from_nanos(self.per_nanos.get())
+        Duration::from_nanos(self.per_nanos())
+    }
+
+    /// The period in nanoseconds.
+    #[must_use]
+    pub const fn per_nanos(&self) -> u64 {
+        self.per_nanos.get()
     }
 
     /// Most tokens that gather.
@@ -114,33 +122,33 @@ impl State {
 impl Kind for TokenBucket {
     type State = State;
 
-    fn most(&self) -> u64 {
+    fn capacity(&self) -> u64 {
         self.burst
     }
 
-    fn plan(&self, state: Option<State>, ask: Ask, now: Time) -> Plan<State> {
+    fn plan(&self, state: Option<State>, cost: Cost, now: Time) -> Plan<State> {
         let before = state.map_or(State::full(now), |state| self.refilled(state, now));
-        let needed = before.spent_rounded_up().saturating_add(ask.cost);
-        let outcome = if self.limit == 0 {
-            Outcome::Deny { reason: Reason::Blocked, retry_after: None }
-        } else if ask.cost == 0 || needed <= self.burst {
-            Outcome::Allow
+        let needed = before.spent_rounded_up().saturating_add(cost.tokens);
+        let admission = if self.limit == 0 {
+            Admission::Deny { reason: Reason::Blocked, retry_after: None }
+        } else if cost.tokens == 0 || needed <= self.burst {
+            Admission::Allow
         } else {
-            Outcome::Deny {
+            Admission::Deny {
                 reason: Reason::RateLimited,
-                retry_after: self.retry_after(&before, ask.cost, now),
+                retry_after: self.retry_after(&before, cost.tokens, now),
             }
         };
-        let after = match outcome {
-            Outcome::Allow => State {
-                spent: before.spent + ask.cost,
-                out: before.out + if ask.estimated { ask.cost } else { 0 },
+        let after = match admission {
+            Admission::Allow => State {
+                spent: before.spent + cost.tokens,
+                out: before.out + if cost.estimated { cost.tokens } else { 0 },
                 ..before
             },
-            Outcome::Deny { .. } => self.drained(before, ask.cost),
+            Admission::Deny { .. } => self.drained(before, cost.tokens),
         };
         Plan {
-            outcome,
+            admission,
             limit: self.burst,
             before: self.level(&before, now),
             after: self.level(&after, now),
@@ -210,7 +218,7 @@ impl Kind for TokenBucket {
         };
         let state = older.refilled(state, at);
         // Rounded up: at most one part, a nanosecond's refill of one token, is spent that was not.
-        let (old_per, per) = (older.per_nanos.get(), self.per_nanos.get());
+        let (old_per, per) = (older.per_nanos(), self.per_nanos());
         let parts = (u128::from(state.remainder) * u128::from(per)).div_ceil(u128::from(old_per));
         self.with_parts(state, u128::from(state.spent) * u128::from(per) + parts)
     }
@@ -220,11 +228,11 @@ impl Kind for TokenBucket {
 /// below 2^43 (burst and debt), `per` below 2^55, `limit` below 2^40 and time below 2^64.
 impl TokenBucket {
     fn parts(&self, state: &State) -> u128 {
-        u128::from(state.spent) * u128::from(self.per_nanos.get()) + u128::from(state.remainder)
+        u128::from(state.spent) * u128::from(self.per_nanos()) + u128::from(state.remainder)
     }
 
     fn with_parts(&self, state: State, parts: u128) -> State {
-        let per = u128::from(self.per_nanos.get());
+        let per = u128::from(self.per_nanos());
         State { spent: saturate(parts / per), remainder: saturate(parts % per), ..state }
     }
 
@@ -240,7 +248,7 @@ impl TokenBucket {
         }
         let parts = self.parts(&state);
         let refill = u128::from(elapsed) * u128::from(self.limit);
-        let floor = u128::from(state.out) * u128::from(self.per_nanos.get());
+        let floor = u128::from(state.out) * u128::from(self.per_nanos());
         self.with_parts(state, parts.saturating_sub(refill).max(floor.min(parts)))
     }
 
@@ -261,7 +269,7 @@ impl TokenBucket {
 
     /// Time until `cost` could be charged, to the nanosecond; `None` if it never could.
     fn retry_after(&self, state: &State, cost: u64, now: Time) -> Option<Duration> {
-        let per = u128::from(self.per_nanos.get());
+        let per = u128::from(self.per_nanos());
         let most_spent = u128::from(self.burst.checked_sub(cost)?) * per;
         let nanos = self.nanos_to_refill(self.parts(state).saturating_sub(most_spent))?;
         Some(Duration::from_nanos(nanos.saturating_add(state.at.nanos_since(now))))

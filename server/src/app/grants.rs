@@ -1,7 +1,7 @@
 //! Grants: what allowed Acquires may still owe.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet, VecDeque, hash_map::Entry},
+    collections::{BTreeSet, HashMap, VecDeque, hash_map::Entry},
     fmt,
     str::FromStr,
     sync::{
@@ -21,9 +21,6 @@ use crate::{
     reservation::Reservation,
 };
 
-/// A power of two: two callers rarely want the same lock.
-const SHARDS: usize = 16;
-
 /// What an allowed Acquire may still owe. Settled once, or when it expires.
 #[derive(Debug)]
 pub(super) struct Grant {
@@ -37,6 +34,15 @@ pub(super) struct Grant {
     pub(super) amount: u64,
     /// When it settles by itself, as charged.
     pub(super) expires_at: Time,
+}
+
+/// Whose a grant is, and the namespace that it was given in.
+type Owner = (Principal, Arc<str>);
+
+impl Grant {
+    fn owner(&self) -> Owner {
+        (self.principal, Arc::clone(&self.policy.namespace))
+    }
 }
 
 /// Names a grant: the number of the start that gave it, and a number that nobody can guess.
@@ -85,22 +91,24 @@ pub(super) enum Taken {
 #[derive(Debug)]
 pub struct Grants {
     boot: u64,
+    capacity: usize,
     open: Arc<AtomicUsize>,
-    shards: [Mutex<Shard>; SHARDS],
+    shards: [Mutex<Shard>; limits::GRANT_SHARDS],
 }
 
 #[derive(Debug, Default)]
 struct Shard {
     open: HashMap<u128, Grant>,
     by_expiry: BTreeSet<(Time, u128)>,
-    settled: HashSet<u128>,
+    /// Those settled lately, and whose they were.
+    settled: HashMap<u128, Owner>,
     settled_in_order: VecDeque<u128>,
 }
 
 impl Grants {
-    /// No grants yet in this start.
-    pub(super) fn new(boot: u64) -> Self {
-        Self { boot, open: Arc::default(), shards: Default::default() }
+    /// No grants yet in this start, and room for `capacity` of them.
+    pub(super) fn new(boot: u64, capacity: usize) -> Self {
+        Self { boot, capacity, open: Arc::default(), shards: Default::default() }
     }
 
     /// Grants that are open now.
@@ -110,17 +118,24 @@ impl Grants {
 
     /// Makes sure of room for so many grants; `None` if there is not.
     pub(super) fn reserve(&self, amount: usize) -> Option<Reservation> {
-        Reservation::of(&self.open, amount, limits::OPEN_GRANTS)
+        Reservation::of(&self.open, amount, self.capacity)
     }
 
-    /// Opens a grant, for which room has been reserved.
-    pub(super) fn open_grant(&self, grant: Grant, entropy: &dyn Entropy) -> GrantId {
+    /// Opens a grant in the room that has been reserved for it; `None` if there is none left.
+    pub(super) fn open_grant(
+        &self,
+        grant: Grant,
+        room: &mut Reservation,
+        entropy: &dyn Entropy,
+    ) -> Option<GrantId> {
+        if !room.keep_one() {
+            return None;
+        }
         let id = GrantId { boot: self.boot, secret: u128::from_be_bytes(entropy.bytes16()) };
-        self.open.fetch_add(1, Ordering::Relaxed);
         let mut shard = self.shard(id.secret).lock();
         shard.by_expiry.insert((grant.expires_at, id.secret));
         shard.open.insert(id.secret, grant);
-        id
+        Some(id)
     }
 
     /// Takes an open grant of this principal, to be settled: nobody can take it again.
@@ -135,18 +150,17 @@ impl Grants {
             return Taken::Unknown;
         }
         let mut shard = self.shard(id.secret).lock();
-        if shard.settled.contains(&id.secret) {
+        let is_theirs = |owner: &Owner| owner.0 == principal && *owner.1 == *namespace;
+        if shard.settled.get(&id.secret).is_some_and(is_theirs) {
             return Taken::Settled;
         }
         let Entry::Occupied(entry) = shard.open.entry(id.secret) else { return Taken::Unknown };
-        let grant = entry.get();
-        let theirs = grant.principal == principal && *grant.policy.namespace == *namespace;
-        if !theirs || grant.expires_at <= now {
+        if !is_theirs(&entry.get().owner()) || entry.get().expires_at <= now {
             return Taken::Unknown;
         }
         let grant = entry.remove();
         shard.by_expiry.remove(&(grant.expires_at, id.secret));
-        shard.remember_settled(id.secret);
+        shard.remember_settled(id.secret, grant.owner());
         self.open.fetch_sub(1, Ordering::Relaxed);
         Taken::Open(grant)
     }
@@ -170,18 +184,111 @@ impl Grants {
     }
 
     fn shard(&self, secret: u128) -> &Mutex<Shard> {
-        &self.shards[secret as usize % SHARDS]
+        &self.shards[secret as usize % limits::GRANT_SHARDS]
     }
 }
 
 impl Shard {
-    fn remember_settled(&mut self, secret: u128) {
-        if self.settled_in_order.len() == limits::SETTLED_GRANTS / SHARDS
+    fn remember_settled(&mut self, secret: u128, owner: Owner) {
+        if self.settled_in_order.len() == limits::SETTLED_GRANTS / limits::GRANT_SHARDS
             && let Some(oldest) = self.settled_in_order.pop_front()
         {
             self.settled.remove(&oldest);
         }
-        self.settled.insert(secret);
+        self.settled.insert(secret, owner);
         self.settled_in_order.push_back(secret);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use fusebox_core::{Limit, TokenBucket};
+
+    use super::*;
+    use crate::{
+        catalogue::{CellHasher, PolicyNumber},
+        entropy::SystemEntropy,
+    };
+
+    fn grant(expires_at: Time) -> Grant {
+        let bucket = TokenBucket::new(1, std::time::Duration::from_secs(1), 1).unwrap();
+        let cells = CellHasher::new(&[0; 16], "test", "policy");
+        let cell = cells.cell("");
+        let policy = Arc::new(Policy {
+            namespace: "test".into(),
+            name: "policy".into(),
+            number: PolicyNumber(0),
+            settings: fusebox_core::Policy::new(Limit::TokenBucket(bucket), 0),
+            cells,
+            decisions: Arc::default(),
+        });
+        Grant { principal: Principal::Anonymous, policy, cell, amount: 1, expires_at }
+    }
+
+    fn open(grants: &Grants) -> Option<GrantId> {
+        let mut room = grants.reserve(1)?;
+        grants.open_grant(grant(Time::from_nanos(10)), &mut room, &SystemEntropy)
+    }
+
+    fn settle(grants: &Grants, id: GrantId, now: u64) -> Taken {
+        grants.settle(id, Principal::Anonymous, "test", Time::from_nanos(now))
+    }
+
+    #[test]
+    fn no_more_are_open_than_there_is_room_for() {
+        let grants = Grants::new(1, 2);
+        let first = open(&grants).unwrap();
+        assert!(open(&grants).is_some());
+        assert!(open(&grants).is_none());
+        assert!(matches!(settle(&grants, first, 0), Taken::Open(_)));
+        assert!(open(&grants).is_some(), "a settled one makes room");
+        assert_eq!(grants.expire(Time::from_nanos(10)).len(), 2);
+        assert_eq!(grants.open(), 0, "and so does an expired one");
+    }
+
+    #[test]
+    fn a_grant_is_open_until_the_moment_it_expires() {
+        let grants = Grants::new(1, 2);
+        let (first, second) = (open(&grants).unwrap(), open(&grants).unwrap());
+        assert!(matches!(settle(&grants, first, 9), Taken::Open(_)));
+        assert!(matches!(settle(&grants, first, 9), Taken::Settled));
+        assert!(matches!(settle(&grants, second, 10), Taken::Unknown));
+        assert_eq!(grants.expire(Time::from_nanos(9)).len(), 0);
+        assert_eq!(grants.expire(Time::from_nanos(10)).len(), 1);
+    }
+
+    #[test]
+    fn the_oldest_settled_grant_is_forgotten_first() {
+        let mut shard = Shard::default();
+        let owner = || grant(Time::ZERO).owner();
+        let most = limits::SETTLED_GRANTS / limits::GRANT_SHARDS;
+        for secret in 0..=most as u128 {
+            shard.remember_settled(secret, owner());
+        }
+        assert_eq!(shard.settled.len(), most);
+        assert!(!shard.settled.contains_key(&0) && shard.settled.contains_key(&1));
+    }
+
+    #[test]
+    fn a_round_takes_a_bounded_number_of_expired_grants() {
+        let grants = Grants::new(1, usize::MAX);
+        let most = limits::EXPIRED_PER_ROUND * limits::GRANT_SHARDS;
+        for _ in 0..=most {
+            open(&grants).unwrap();
+        }
+        let now = Time::from_nanos(10);
+        let first = grants.expire(now).len();
+        assert!(first <= most);
+        assert_eq!(first + grants.expire(now).len(), most + 1);
+    }
+
+    #[test]
+    fn an_id_has_one_spelling() {
+        let id = GrantId { boot: 26, secret: 1 };
+        assert_eq!(id.to_string(), "1a-00000000000000000000000000000001");
+        assert_eq!(id.to_string().parse(), Ok(id));
+        for other in ["", "-", "1a-1", "01a-00000000000000000000000000000001", "+1-2", "1a"] {
+            assert_eq!(other.parse::<GrantId>(), Err(NotAGrantId), "{other}");
+        }
     }
 }

@@ -25,21 +25,25 @@ use crate::{
     metrics::{MethodDurations, Metrics},
 };
 
-const GRPC_STATUS: &str = "grpc-status";
-const GRPC_MESSAGE: &str = "grpc-message";
 const GRPC_TIMEOUT: &str = "grpc-timeout";
 
-/// Every method served, the hot one first, and whether its answer is a stream.
-const METHODS: [(&str, bool); 8] = [
-    ("fusebox.v1.Resilience/Acquire", false),
-    ("fusebox.v1.Resilience/AcquireBatch", false),
-    ("fusebox.v1.Resilience/Report", false),
-    ("grpc.health.v1.Health/Check", false),
-    ("grpc.health.v1.Health/Watch", true),
-    ("grpc.reflection.v1.ServerReflection/ServerReflectionInfo", true),
-    ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", true),
+/// A method, and whether its answer is a stream, which may have no end of its own.
+struct Method {
+    name: &'static str,
+    streams: bool,
+}
+
+/// Every method served, the hot one first.
+const METHODS: [Method; 8] = [
+    Method { name: "fusebox.v1.Resilience/Acquire", streams: false },
+    Method { name: "fusebox.v1.Resilience/AcquireBatch", streams: false },
+    Method { name: "fusebox.v1.Resilience/Report", streams: false },
+    Method { name: "grpc.health.v1.Health/Check", streams: false },
+    Method { name: "grpc.health.v1.Health/Watch", streams: true },
+    Method { name: "grpc.reflection.v1.ServerReflection/ServerReflectionInfo", streams: true },
+    Method { name: "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", streams: true },
     // Anything else: callers must not be able to make up label values.
-    ("_OTHER", false),
+    Method { name: "_OTHER", streams: false },
 ];
 
 /// Every gRPC service behind what all calls have in common.
@@ -59,7 +63,7 @@ impl Calls {
         metrics: &Metrics,
         draining: CancellationToken,
     ) -> Self {
-        let methods = METHODS.iter().map(|(name, _)| metrics.method(name)).collect();
+        let methods = METHODS.iter().map(|method| metrics.method(method.name)).collect();
         Self { routes, clock, methods, draining }
     }
 }
@@ -71,9 +75,9 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let path = request.uri().path().trim_start_matches('/');
-        let known = METHODS.iter().position(|(name, _)| *name == path);
+        let known = METHODS.iter().position(|method| method.name == path);
         let method = known.unwrap_or(METHODS.len() - 1);
-        let streams = METHODS[method].1;
+        let streams = METHODS[method].streams;
         let mut call = Call {
             clock: Arc::clone(&self.clock),
             methods: Arc::clone(&self.methods),
@@ -98,7 +102,7 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
             if let Some(status) = Status::from_header_map(&head.headers) {
                 let status = status::corrected(status);
                 call.code = status.code();
-                head.headers.remove(GRPC_MESSAGE);
+                head.headers.remove(Status::GRPC_MESSAGE);
                 // What cannot be a header is told by its code alone.
                 let _ = status.add_header(&mut head.headers);
             }
@@ -180,7 +184,7 @@ fn infallible<T>(result: Result<T, Infallible>) -> T {
 }
 
 fn code_in(headers: &HeaderMap) -> Option<Code> {
-    headers.get(GRPC_STATUS).map(|code| Code::from_bytes(code.as_bytes()))
+    headers.get(Status::GRPC_STATUS).map(|code| Code::from_bytes(code.as_bytes()))
 }
 
 /// The time that a client gives the call, at most [`limits::CALL_TIME`].

@@ -1,7 +1,7 @@
 //! From messages to what cannot be wrong. Past this file no name is empty and no number out of range.
 
 use arrayvec::ArrayVec;
-use fusebox_core::{Ask as CoreAsk, token_bucket::MAX_TOKENS};
+use fusebox_core::Cost;
 use fusebox_proto::v1::{
     AcquireBatchRequest, AcquireRequest, Ask, GrantOutcome, Priority, ReportRequest,
 };
@@ -16,7 +16,7 @@ use crate::{
 pub(super) fn acquire(request: &AcquireRequest) -> Result<Acquire<'_>, Refusal> {
     let mut refusal = Refusal::default();
     namespace(&mut refusal, &request.namespace);
-    entry(&mut refusal, "", request);
+    entry(&mut refusal, None, request);
     refusal.or_else(|| accepted(&request.namespace, request))
 }
 
@@ -38,12 +38,11 @@ pub(super) fn batch(request: &AcquireBatchRequest) -> Result<Vec<Acquire<'_>>, R
         if refusal.is_full() {
             break;
         }
-        let path = format_args!("requests[{index}].").to_string();
         if !request.namespace.is_empty() {
             let message = "the batch names the namespace once; leave it out here";
-            refusal.violation(format!("{path}namespace"), message);
+            refusal.violation(format!("requests[{index}].namespace"), message);
         }
-        entry(&mut refusal, &path, request);
+        entry(&mut refusal, Some(index), request);
     }
     refusal.or_else(|| entries.iter().map(|entry| accepted(&request.namespace, entry)).collect())
 }
@@ -88,14 +87,14 @@ fn grant_outcome(refusal: &mut Refusal, index: usize, outcome: &GrantOutcome) {
         let message = format!("{bytes} bytes; a grant id has 1 to {most}, as Acquire answered it");
         refusal.violation(field("grant_id"), message);
     }
-    if outcome.actual_cost.is_some_and(|cost| cost > MAX_TOKENS) {
+    if outcome.actual_cost.is_some_and(|cost| cost > limits::TOKENS) {
         refusal.violation(field("actual_cost"), "above 10^12 tokens, the most a policy can have");
     }
 }
 
-/// What an Acquire and an entry of a batch have in common.
-fn entry(refusal: &mut Refusal, path: &str, request: &AcquireRequest) {
-    let field = |name: &str| format!("{path}{name}");
+/// What an Acquire and an entry of a batch, which has an index, have in common.
+fn entry(refusal: &mut Refusal, index: Option<usize>, request: &AcquireRequest) {
+    let field = |name: &str| in_entry(index) + name;
     refusal.unsupported(request.client.is_some(), || field("client"));
     refusal.unsupported(!request.request_id.is_empty(), || field("request_id"));
     refusal.unsupported(request.max_wait.is_some(), || field("max_wait"));
@@ -114,8 +113,8 @@ fn entry(refusal: &mut Refusal, path: &str, request: &AcquireRequest) {
         return;
     }
     let mut estimated = 0;
-    for (index, one) in asks.iter().enumerate() {
-        let field = |name: &str| format!("{path}asks[{index}].{name}");
+    for (ask, one) in asks.iter().enumerate() {
+        let field = |name: &str| format!("{}asks[{ask}].{name}", in_entry(index));
         refusal.unsupported(one.lease != 0, || field("lease"));
         refusal.unsupported(one.handle != 0, || field("handle"));
         if one.policy.is_empty() {
@@ -133,11 +132,16 @@ fn entry(refusal: &mut Refusal, path: &str, request: &AcquireRequest) {
             refusal.violation(field("estimated"), "one ask of an Acquire may be estimated");
         }
         let same = |other: &Ask| other.policy == one.policy && other.key == one.key;
-        if let Some(first) = asks[..index].iter().position(same) {
+        if let Some(first) = asks[..ask].iter().position(same) {
             let message = format!("the same policy and key as asks[{first}]; add their costs up");
-            refusal.violation(format!("{path}asks[{index}]"), message);
+            refusal.violation(format!("{}asks[{ask}]", in_entry(index)), message);
         }
     }
+}
+
+/// The path of an entry of a batch.
+pub(super) fn in_entry(index: Option<usize>) -> String {
+    index.map(|index| format!("requests[{index}].")).unwrap_or_default()
 }
 
 fn namespace(refusal: &mut Refusal, namespace: &str) {
@@ -155,7 +159,7 @@ fn accepted<'a>(namespace: &'a str, request: &'a AcquireRequest) -> Acquire<'a> 
     let asks = request.asks.iter().take(limits::ASKS).map(|ask| app::Ask {
         policy: &ask.policy,
         key: &ask.key,
-        ask: CoreAsk { cost: ask.cost.unwrap_or(1), estimated: ask.estimated },
+        cost: Cost { tokens: ask.cost.unwrap_or(1), estimated: ask.estimated },
     });
     Acquire { namespace, asks: asks.collect::<ArrayVec<_, { limits::ASKS }>>() }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusebox_core::{Outcome, Reason};
+use fusebox_core::{Admission, Reason};
 use fusebox_proto::v1::{self, AcquireResponse, Decision, ReportResponse, ReportResult, Verdict};
 
 use crate::{
@@ -37,12 +37,12 @@ pub(super) fn reported(results: &[Reported]) -> ReportResponse {
 }
 
 fn verdict(verdict: &fusebox_core::Verdict) -> Verdict {
-    let (decision, reason, retry_after) = match verdict.outcome {
-        Outcome::Allow => (Decision::Allow, v1::Reason::Unspecified, None),
-        Outcome::Deny { reason: Reason::RateLimited, retry_after } => {
+    let (decision, reason, retry_after) = match verdict.admission {
+        Admission::Allow => (Decision::Allow, v1::Reason::Unspecified, None),
+        Admission::Deny { reason: Reason::RateLimited, retry_after } => {
             (Decision::Deny, v1::Reason::RateLimited, retry_after)
         }
-        Outcome::Deny { reason: Reason::Blocked, retry_after } => {
+        Admission::Deny { reason: Reason::Blocked, retry_after } => {
             (Decision::Deny, v1::Reason::Blocked, retry_after)
         }
     };

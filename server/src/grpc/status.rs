@@ -3,10 +3,12 @@
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
-use crate::{app::AcquireError, limits, storage::StorageError};
-
-/// Bytes of a caller's own text that an error repeats to it.
-const ECHOED_BYTES: usize = 128;
+use super::parse::in_entry;
+use crate::{
+    app::{AcquireError, ReportError},
+    limits,
+    storage::StorageError,
+};
 
 /// What is wrong with a request, or what it wants that this build does not have.
 #[derive(Debug, Default)]
@@ -56,22 +58,35 @@ impl From<Refusal> for Status {
     }
 }
 
-/// The status of an error of the app; `path` is where in a batch its fields are.
-pub(super) fn acquire(error: &AcquireError, path: &str) -> Status {
-    let message = shortened(error.to_string());
+/// The status of an Acquire that could not be decided; of a batch, that of the entry.
+pub(super) fn acquire(error: &AcquireError, entry: Option<usize>) -> Status {
+    let field = |ask: usize, name: &str| format!("{}asks[{ask}].{name}", in_entry(entry));
     match error {
-        AcquireError::UnknownNamespace(namespace) => not_found("namespace", namespace, message),
-        AcquireError::UnknownPolicy { ask, policy, .. } => {
-            not_found("policy", policy, format!("{path}asks[{ask}].policy: {message}"))
+        AcquireError::UnknownNamespace(namespace) => not_found("namespace", namespace, None),
+        AcquireError::UnknownPolicy { ask, policy } => {
+            not_found("policy", policy, Some(field(*ask, "policy")))
         }
         AcquireError::NeverPossible { ask, .. } => {
-            let field = format!("{path}asks[{ask}].cost");
-            violations(Code::InvalidArgument, vec![FieldViolation::new(field, message)])
+            let violation = FieldViolation::new(field(*ask, "cost"), error.to_string());
+            violations(Code::InvalidArgument, vec![violation])
         }
-        AcquireError::GrantsFull | AcquireError::Storage(StorageError::Full(_)) => {
-            Status::resource_exhausted(message)
-        }
-        AcquireError::Storage(StorageError::Failed(_)) => Status::unavailable(message),
+        AcquireError::GrantsFull => Status::resource_exhausted(error.to_string()),
+        AcquireError::Storage(error) => storage(error),
+    }
+}
+
+/// The status of a Report that could not be taken.
+pub(super) fn report(error: &ReportError) -> Status {
+    match error {
+        ReportError::UnknownNamespace(namespace) => not_found("namespace", namespace, None),
+        ReportError::Storage(error) => storage(error),
+    }
+}
+
+fn storage(error: &StorageError) -> Status {
+    match error {
+        StorageError::Full(_) => Status::resource_exhausted(error.to_string()),
+        StorageError::Failed(_) => Status::unavailable(error.to_string()),
     }
 }
 
@@ -88,18 +103,22 @@ fn violations(code: Code, violations: Vec<FieldViolation>) -> Status {
     Status::with_error_details(code, message, ErrorDetails::with_bad_request(violations))
 }
 
-fn not_found(kind: &str, name: &str, message: String) -> Status {
-    let details = ErrorDetails::with_resource_info(kind, shortened(name.to_owned()), "", &message);
+/// A name that nothing has, and the field that says it.
+fn not_found(kind: &str, name: &str, field: Option<String>) -> Status {
+    let name = shortened(name);
+    let field = field.map(|field| field + ": ").unwrap_or_default();
+    let message = format!("{field}unknown {kind} `{name}`");
+    let details = ErrorDetails::with_resource_info(kind, name, "", &message);
     Status::with_error_details(Code::NotFound, message, details)
 }
 
-fn shortened(mut text: String) -> String {
-    if text.len() > 2 * ECHOED_BYTES {
-        let end = (0..=ECHOED_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
-        text.truncate(end);
-        text.push('\u{2026}');
+/// At most [`limits::ECHOED_BYTES`] of a caller's own text.
+fn shortened(text: &str) -> String {
+    if text.len() <= limits::ECHOED_BYTES {
+        return text.to_owned();
     }
-    text
+    let end = (0..=limits::ECHOED_BYTES).rev().find(|end| text.is_char_boundary(*end));
+    format!("{}\u{2026}", &text[..end.unwrap_or(0)])
 }
 
 /// What tonic answers to a message that it cannot take, as this service's contract says it.
@@ -111,7 +130,7 @@ pub(super) fn corrected(status: Status) -> Status {
             limits::MESSAGE_BYTES
         )),
         // The handlers have no internal errors: this is a message that is not one.
-        Code::Internal => Status::invalid_argument(shortened(status.message().to_owned())),
+        Code::Internal => Status::invalid_argument(status.message()),
         _ => status,
     }
 }

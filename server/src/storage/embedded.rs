@@ -11,14 +11,12 @@ use fusebox_core::{Cell, Cells, Decision, MAX_RULES, Rule, Rules, Settled, Time}
 use hashbrown::HashTable;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::{Answer, Charge, Settlement, Storage, StorageError};
+use super::{Answer, CellAsk, Charge, Settlement, Storage, StorageError};
 use crate::{
-    catalogue::{Catalogue, CellId},
+    catalogue::{Catalogue, CellId, PolicyNumber},
+    limits,
     reservation::Reservation,
 };
-
-/// A power of two, many times the cores, so that two callers rarely want the same lock.
-const SHARDS: usize = 64;
 
 /// Cells in memory. What changes is remembered, so that a [`Writer`](super::Writer) can follow.
 pub struct Embedded {
@@ -27,8 +25,8 @@ pub struct Embedded {
     capacity: usize,
     /// Counts the rounds of housekeeping: each looks at the next shard.
     tended: AtomicUsize,
-    /// Whether there is a journal to follow: otherwise nobody would take what is remembered.
-    remembers: bool,
+    /// Whether a journal keeps the cells: otherwise nobody takes what is noted as changed.
+    kept: bool,
     failure: OnceLock<Arc<str>>,
 }
 
@@ -42,23 +40,23 @@ struct Shard {
 struct Entry {
     id: CellId,
     cell: Cell,
-    number: u32,
+    number: PolicyNumber,
     changed: bool,
 }
 
 /// A cell that changed: what it is now, or that it is gone.
-pub(super) type Change = (CellId, Option<(u32, Cell)>);
+pub(super) type Change = (CellId, Option<(PolicyNumber, Cell)>);
 
 impl Embedded {
     /// No cells yet, and room for `capacity` of them.
-    pub fn new(remembers: bool, capacity: usize) -> Self {
-        let shards = (0..SHARDS).map(|_| CachePadded::default()).collect();
+    pub fn new(kept: bool, capacity: usize) -> Self {
+        let shards = (0..limits::CELL_SHARDS).map(|_| CachePadded::default()).collect();
         Self {
             shards,
             live: Arc::default(),
             capacity,
             tended: AtomicUsize::new(0),
-            remembers,
+            kept,
             failure: OnceLock::new(),
         }
     }
@@ -93,7 +91,7 @@ impl Embedded {
     }
 
     /// Puts a cell that was recovered; its record is on disk already.
-    pub(super) fn restore(&self, id: CellId, number: u32, cell: Cell) {
+    pub(super) fn restore(&self, id: CellId, number: PolicyNumber, cell: Cell) {
         let entry = Entry { id, cell, number, changed: false };
         let mut shard = self.shards[shard_of(id)].lock();
         shard.cells.insert_unique(table_hash(id), entry, |entry| table_hash(entry.id));
@@ -105,21 +103,29 @@ impl Embedded {
         self.shards[shard_of(id)].lock().changed.push(id);
     }
 
-    fn write(&self, shard: &mut Shard, id: CellId, number: u32, cell: Cell) {
+    fn write(
+        &self,
+        shard: &mut Shard,
+        (id, number): (CellId, PolicyNumber),
+        cell: Cell,
+        room: &mut Option<Reservation>,
+    ) {
         let hash = table_hash(id);
         match shard.cells.find_mut(hash, |entry| entry.id == id) {
             Some(entry) => {
                 entry.cell = cell;
-                if self.remembers && !entry.changed {
+                if self.kept && !entry.changed {
                     entry.changed = true;
                     shard.changed.push(id);
                 }
             }
             None => {
-                let entry = Entry { id, cell, number, changed: self.remembers };
+                let entry = Entry { id, cell, number, changed: self.kept };
                 shard.cells.insert_unique(hash, entry, |entry| table_hash(entry.id));
-                self.live.fetch_add(1, Ordering::Relaxed);
-                if self.remembers {
+                if !room.as_mut().is_some_and(Reservation::keep_one) {
+                    self.live.fetch_add(1, Ordering::Relaxed);
+                }
+                if self.kept {
                     shard.changed.push(id);
                 }
             }
@@ -132,32 +138,37 @@ impl Embedded {
 }
 
 impl Storage for Embedded {
-    fn apply(&self, charge: &Charge<'_>, now: Time) -> Result<Answer<Decision>, StorageError> {
+    fn apply(
+        &self,
+        charge: &Charge<'_>,
+        mut room: Option<Reservation>,
+        now: Time,
+    ) -> Result<Answer<Decision>, StorageError> {
         self.check_alive()?;
 
-        let mut ids = ArrayVec::<(CellId, u32), MAX_RULES>::new();
+        let mut ids = ArrayVec::<(CellId, PolicyNumber), MAX_RULES>::new();
         let mut rules = Rules::new();
         for ask in &charge.asks {
             let cell = ids.iter().position(|(id, _)| *id == ask.cell).unwrap_or_else(|| {
                 ids.push((ask.cell, ask.number));
                 ids.len() - 1
             });
-            rules.push(Rule { cell, policy: ask.policy, ask: ask.ask });
+            rules.push(Rule { cell, policy: ask.policy, cost: ask.cost });
         }
 
         let mut shards = Locked::new(self, &ids);
         let mut cells: Cells = ids.iter().map(|(id, _)| shards.read(*id)).collect();
-        let new =
-            rules.iter().filter(|rule| cells[rule.cell].is_none() && rule.ask.cost > 0).count();
-        if new > 0 && !charge.reserved && self.live() + new > self.capacity {
+        let creates = |rule: &&Rule<'_>| cells[rule.cell].is_none() && rule.cost.tokens > 0;
+        let new = rules.iter().filter(creates).count();
+        if new > 0 && room.is_none() && self.live() + new > self.capacity {
             return Err(StorageError::Full(self.live()));
         }
 
         let before = cells.clone();
         let decision = fusebox_core::apply(&rules, charge.charging, &mut cells, now);
-        for ((id, number), (before, after)) in ids.into_iter().zip(before.iter().zip(&cells)) {
+        for (id, (before, after)) in ids.into_iter().zip(before.iter().zip(&cells)) {
             if let Some(cell) = after.filter(|_| before != after) {
-                shards.write(id, number, cell);
+                shards.write(id, cell, &mut room);
             }
         }
         Ok(Answer::Now(decision))
@@ -181,26 +192,32 @@ impl Storage for Embedded {
             now,
         );
         if let Some(cell) = cell {
-            self.write(&mut shard, id, settlement.number, cell);
+            self.write(&mut shard, (id, settlement.number), cell, &mut None);
         }
         Ok(Answer::Now(settled))
     }
 
-    fn reserve(&self, cells: usize) -> Result<Reservation, StorageError> {
+    fn reserve(&self, charge: &Charge<'_>) -> Result<Reservation, StorageError> {
         self.check_alive()?;
+        let creates = |ask: &&CellAsk<'_>| {
+            let shard = self.shards[shard_of(ask.cell)].lock();
+            let live = shard.cells.find(table_hash(ask.cell), |entry| entry.id == ask.cell);
+            ask.cost.tokens > 0 && live.is_none()
+        };
+        let cells = charge.asks.iter().filter(creates).count();
         Reservation::of(&self.live, cells, self.capacity).ok_or(StorageError::Full(self.live()))
     }
 
     fn tend(&self, catalogue: &Catalogue, now: Time) {
-        let next = self.tended.fetch_add(1, Ordering::Relaxed) % SHARDS;
+        let next = self.tended.fetch_add(1, Ordering::Relaxed) % limits::CELL_SHARDS;
         let mut shard = self.shards[next].lock();
         let Shard { cells, changed } = &mut *shard;
         let before = cells.len();
         cells.retain(|entry| {
             let policy = catalogue.numbered(entry.number);
-            let full_at = policy.map_or(Some(now), |policy| policy.rule.full_at(entry.cell));
+            let full_at = policy.map_or(Some(now), |policy| policy.settings.full_at(entry.cell));
             let keep = full_at.is_none_or(|full_at| full_at > now);
-            if !keep && self.remembers && !entry.changed {
+            if !keep && self.kept && !entry.changed {
                 changed.push(entry.id);
             }
             keep
@@ -221,7 +238,7 @@ struct Locked<'a> {
 }
 
 impl<'a> Locked<'a> {
-    fn new(storage: &'a Embedded, ids: &[(CellId, u32)]) -> Self {
+    fn new(storage: &'a Embedded, ids: &[(CellId, PolicyNumber)]) -> Self {
         let mut wanted: ArrayVec<usize, MAX_RULES> =
             ids.iter().map(|(id, _)| shard_of(*id)).collect();
         wanted.sort_unstable();
@@ -239,19 +256,94 @@ impl<'a> Locked<'a> {
         shard.cells.find(table_hash(id), |entry| entry.id == id).map(|entry| entry.cell)
     }
 
-    fn write(&mut self, id: CellId, number: u32, cell: Cell) {
-        let shard = self.shards.iter_mut().find(|(index, _)| *index == shard_of(id));
+    fn write(&mut self, id: (CellId, PolicyNumber), cell: Cell, room: &mut Option<Reservation>) {
+        let shard = self.shards.iter_mut().find(|(index, _)| *index == shard_of(id.0));
         if let Some((_, shard)) = shard {
-            self.storage.write(shard, id, number, cell);
+            self.storage.write(shard, id, cell, room);
         }
     }
 }
 
 /// The id is a hash already: one half chooses the shard, the other the place in its table.
 fn shard_of(id: CellId) -> usize {
-    (id.0[0] >> 32) as usize % SHARDS
+    (id.0[0] >> 32) as usize % limits::CELL_SHARDS
 }
 
 fn table_hash(id: CellId) -> u64 {
     id.0[1]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use fusebox_core::{Charging, Cost, Limit, Policy, TokenBucket};
+
+    use super::*;
+
+    const NOW: Time = Time::ZERO;
+
+    fn policy() -> Policy {
+        let bucket = TokenBucket::new(10, Duration::from_secs(1), 10).unwrap();
+        Policy::new(Limit::TokenBucket(bucket), 0)
+    }
+
+    /// Asks of cells by number.
+    fn charge<'a>(policy: &'a Policy, cells: &[u64], tokens: u64) -> Charge<'a> {
+        let ask = |cell: &u64| CellAsk {
+            cell: CellId([*cell << 32, *cell]),
+            number: PolicyNumber(0),
+            policy,
+            cost: Cost { tokens, estimated: false },
+        };
+        Charge { charging: Charging::AllOrNothing, asks: cells.iter().map(ask).collect() }
+    }
+
+    #[test]
+    fn a_full_server_serves_live_keys_on_and_charges_nothing_for_new_ones() {
+        let (policy, cells) = (policy(), Embedded::new(false, 2));
+        let apply = |ids: &[u64], tokens| cells.apply(&charge(&policy, ids, tokens), None, NOW);
+        assert!(apply(&[1, 2], 1).is_ok());
+        assert!(matches!(apply(&[3], 1), Err(StorageError::Full(2))));
+        assert!(matches!(apply(&[1, 3], 1), Err(StorageError::Full(2))));
+        assert!(apply(&[3], 0).is_ok(), "a peek needs no room");
+        let Ok(Answer::Now(decision)) = apply(&[1], 1) else { panic!("1 is live") };
+        assert_eq!(decision.verdicts[0].remaining, 8);
+    }
+
+    #[test]
+    fn room_is_reserved_for_what_is_new_and_no_more_than_that() {
+        let (policy, cells) = (policy(), Embedded::new(false, 2));
+        let live = charge(&policy, &[1], 1);
+        let room = cells.reserve(&live).unwrap();
+        assert!(cells.apply(&live, Some(room), NOW).is_ok());
+        assert_eq!(cells.live(), 1);
+
+        assert!(cells.reserve(&charge(&policy, &[2, 3], 1)).is_err());
+        let room = cells.reserve(&charge(&policy, &[1, 2], 1)).unwrap();
+        assert_eq!(cells.live(), 2, "what is reserved is counted");
+        assert!(cells.reserve(&charge(&policy, &[1], 1)).is_ok(), "a live key needs no room");
+        assert!(cells.reserve(&charge(&policy, &[3], 0)).is_ok(), "nor does a peek");
+        assert!(cells.reserve(&charge(&policy, &[3], 1)).is_err());
+        drop(room);
+        assert_eq!(cells.live(), 1, "and given back when it was not needed");
+    }
+
+    #[test]
+    fn cells_that_are_full_leave_and_make_room() {
+        let (policy, cells) = (policy(), Embedded::new(true, 1));
+        assert!(cells.apply(&charge(&policy, &[1], 1), None, NOW).is_ok());
+        // An empty catalogue knows no policy, so nothing holds the cell.
+        for _ in 0..cells.shards() {
+            cells.tend(&Catalogue::default(), NOW);
+        }
+        assert_eq!(cells.live(), 0);
+        let changes: Vec<_> =
+            (0..cells.shards()).flat_map(|shard| cells.take_changes(shard)).collect();
+        assert!(
+            matches!(changes[..], [(CellId([_, 1]), None)]),
+            "the writer deletes it: {changes:?}"
+        );
+        assert!(cells.apply(&charge(&policy, &[2], 1), None, NOW).is_ok());
+    }
 }

@@ -105,9 +105,23 @@ pub enum JournalError {
     Corrupt(String),
 }
 
+impl JournalError {
+    /// The store panicked while it was to do this.
+    pub(crate) fn panicked(action: &'static str) -> Self {
+        Self::Io { action, cause: "the store panicked; the log says where".into() }
+    }
+}
+
 /// Keeps nothing: the journal of engine `memory`.
 #[derive(Debug, Default)]
 pub struct Nothing;
+
+impl Nothing {
+    /// Opens it, which cannot fail.
+    pub fn open() -> OpenJournal {
+        Box::new(|| Ok(Box::new(Self)))
+    }
+}
 
 impl Journal for Nothing {
     fn keeps(&self) -> bool {

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use fusebox_core::{
-    Cell, Former, Formers, Limit, MAX_FORMERS, Policy, State, Time, TokenBucket, token_bucket,
+    Cell, Former, Formers, Limit, MAX_FORMERS, Policy, State, Time, TokenBucket, saturating_nanos,
+    token_bucket,
 };
 use prost::{Message, Oneof};
 
-use crate::clock::ClockPair;
+use crate::{catalogue::PolicyNumber, clock::ClockPair};
 
 /// Version of these records and their keys. A data directory of another version is not opened.
 pub(super) const FORMAT: u32 = 1;
@@ -23,6 +24,9 @@ pub(super) struct Directory {
     /// Number of the latest start.
     #[prost(uint64, tag = "3")]
     pub(super) boot: u64,
+    /// Number that the next policy gets.
+    #[prost(uint32, tag = "4")]
+    pub(super) next_policy: u32,
 }
 
 /// One moment on both clocks, rewritten with every commit.
@@ -114,10 +118,7 @@ struct TokenBucketState {
 
 impl Clocks {
     pub(super) fn of(pair: ClockPair) -> Self {
-        Self {
-            server_nanos: pair.server.as_nanos(),
-            wall_nanos: u64::try_from(pair.wall.as_nanos()).unwrap_or(u64::MAX),
-        }
+        Self { server_nanos: pair.server.as_nanos(), wall_nanos: saturating_nanos(pair.wall) }
     }
 
     pub(super) fn pair(self) -> ClockPair {
@@ -129,11 +130,11 @@ impl Clocks {
 }
 
 impl PolicyRecord {
-    pub(super) fn of(namespace: &str, name: &str, number: u32, policy: &Policy) -> Self {
+    pub(super) fn of(namespace: &str, name: &str, number: PolicyNumber, policy: &Policy) -> Self {
         Self {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
-            number,
+            number: number.0,
             revision: policy.revision,
             limit: Some(LimitRecord::of(&policy.limit)),
             max_debt: policy.max_debt,
@@ -178,7 +179,7 @@ impl LimitRecord {
         let Limit::TokenBucket(bucket) = limit;
         let kind = KindRecord::TokenBucket(TokenBucketRecord {
             limit: bucket.limit(),
-            per_nanos: u64::try_from(bucket.per().as_nanos()).unwrap_or(u64::MAX),
+            per_nanos: bucket.per_nanos(),
             burst: bucket.burst(),
         });
         Self { kind: Some(kind) }
@@ -192,23 +193,24 @@ impl LimitRecord {
 
 impl CellRecord {
     /// What is out is not written: what a restart interrupts stays charged.
-    pub(super) fn of(number: u32, cell: Cell) -> Self {
+    pub(super) fn of(number: PolicyNumber, cell: Cell) -> Self {
         let State::TokenBucket(state) = cell.state;
         let state = StateRecord::TokenBucket(TokenBucketState {
             spent: state.spent,
             remainder: state.remainder,
             at_nanos: state.at.as_nanos(),
         });
-        Self { number, revision: cell.revision, state: Some(state) }
+        Self { number: number.0, revision: cell.revision, state: Some(state) }
     }
 
     /// The cell; `None` if the record makes no sense.
     pub(super) fn cell(self) -> Option<Cell> {
         let StateRecord::TokenBucket(TokenBucketState { spent, remainder, at_nanos }) =
             self.state?;
-        // What no cell can have: a burst and as much debt, and a part of one token.
-        let most_nanos = u64::try_from(token_bucket::MAX_PER.as_nanos()).ok()?;
-        if spent > 2 * token_bucket::MAX_TOKENS || remainder >= most_nanos {
+        // More than a burst and as much debt, or than a part of one token: no cell has that.
+        if spent > 2 * token_bucket::MAX_TOKENS
+            || remainder >= saturating_nanos(token_bucket::MAX_PER)
+        {
             return None;
         }
         let at = Time::from_nanos(at_nanos);

@@ -1,24 +1,27 @@
 //! From a journal and a configuration to a storage that answers.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
-use fusebox_core::{Cell, Kind};
+use fusebox_core::{Cell, Kind, Time};
 use prost::Message;
 use thiserror::Error;
 
 use super::{
     Embedded, Writer,
-    journal::{Batch, Journal, JournalError, Keyspace},
+    journal::{Batch, Journal, JournalError, Keyspace, OpenJournal},
     record::{CellRecord, Clocks, Directory, FORMAT, PolicyRecord},
     writer::CLOCKS,
 };
 use crate::{
-    catalogue::{Catalogue, CellHasher, CellId, Policy},
+    catalogue::{Catalogue, CellHasher, CellId, Policy, PolicyNumber},
     clock::{Clock, ServerClock},
     config::Namespaces,
     entropy::Entropy,
     limits,
-    metrics::Decisions,
 };
 
 /// Key of the record of the directory itself.
@@ -55,11 +58,23 @@ pub enum RecoveryError {
     },
 }
 
-/// Recovers cells and policies from `journal`, and writes the number of this start before any answer.
+/// Recovers cells and policies, and writes the number of this start before any answer.
 ///
 /// # Errors
 /// If the journal fails, or holds what this version cannot read.
 pub fn recover(
+    open: OpenJournal,
+    namespaces: &Namespaces,
+    clock: Arc<dyn Clock>,
+    entropy: &dyn Entropy,
+) -> Result<Recovered, RecoveryError> {
+    // sled panics where it finds that it is broken.
+    let recovered =
+        catch_unwind(AssertUnwindSafe(|| recover_from(open()?, namespaces, clock, entropy)));
+    recovered.unwrap_or_else(|_| Err(JournalError::panicked("read").into()))
+}
+
+fn recover_from(
     mut journal: Box<dyn Journal>,
     namespaces: &Namespaces,
     clock: Arc<dyn Clock>,
@@ -71,118 +86,136 @@ pub fn recover(
     let mut directory = read::<Directory>(&*journal, DIRECTORY)?.unwrap_or_else(|| Directory {
         format: FORMAT,
         secret: entropy.bytes16().to_vec(),
-        boot: 0,
+        ..Directory::default()
     });
     if directory.format != FORMAT {
         return Err(RecoveryError::Format { found: directory.format });
     }
     let secret = directory.secret.as_slice().try_into().map_err(|_| corrupt("its secret"))?;
-    directory.boot = wall_seconds.max(directory.boot + 1);
+    directory.boot = wall_seconds.max(directory.boot.saturating_add(1));
 
+    let stored = stored_policies(&*journal)?;
+    let policies = merge(stored, namespaces, &mut directory.next_policy, clock.now());
     let mut batch = Batch::default();
     batch.put(Keyspace::Meta, DIRECTORY, directory.encode_to_vec());
     batch.put(Keyspace::Meta, CLOCKS, Clocks::of(clock.pair()).encode_to_vec());
-    let catalogue = policies(&*journal, namespaces, &clock, secret, &mut batch)?;
+    for ((namespace, name), known) in policies.iter().filter(|(_, known)| known.configured) {
+        let record = PolicyRecord::of(namespace, name, known.number, &known.settings);
+        batch.put(Keyspace::Policies, policy_key(namespace, name), record.encode_to_vec());
+    }
     journal.commit(batch)?;
     journal.sync()?;
 
+    let catalogue = catalogue(policies, secret);
     let cells = Arc::new(Embedded::new(journal.keeps(), limits::CELLS));
-    revive(&*journal, &catalogue, &clock, &cells)?;
+    let in_use = revive(&*journal, &catalogue, clock.now(), &cells)?;
+    journal.commit(retire(&catalogue, &in_use))?;
     let writer = Writer::new(Arc::clone(&cells), journal, clock.clone());
     Ok(Recovered { catalogue, cells, writer, clock, boot: directory.boot })
 }
 
-/// The configured policies under the numbers that their cells know, and those that are no longer
-/// configured: their cells live until they are full.
-fn policies(
-    journal: &dyn Journal,
-    namespaces: &Namespaces,
-    clock: &ServerClock,
-    secret: &[u8; 16],
-    batch: &mut Batch,
-) -> Result<Catalogue, RecoveryError> {
-    let mut stored = Vec::new();
-    journal.scan(Keyspace::Policies, &mut |key, value| {
-        let record = PolicyRecord::decode(value).ok().filter(|record| record.policy().is_some());
-        let record = record.ok_or_else(|| corrupt_record("policy", key))?;
-        stored.push(record);
-        Ok(())
-    })?;
-    stored.sort_by_key(|record| record.number);
-
-    let mut numbered = Vec::new();
-    let mut named = Vec::new();
-    let mut known = HashMap::new();
-    for (index, record) in stored.iter().enumerate() {
-        let rule = record.policy().filter(|_| record.number as usize == index);
-        let rule = rule.ok_or_else(|| corrupt("policies that are not numbered in order"))?;
-        known.insert((record.namespace.as_str(), record.name.as_str()), index);
-        numbered.push((record.namespace.as_str(), record.name.as_str(), rule));
-        named.push(false);
-    }
-
-    for (namespace, policies) in namespaces {
-        for (name, configured) in &policies.policies {
-            let (namespace, name) = (namespace.as_str(), name.as_str());
-            let index = match known.get(&(namespace, name)) {
-                Some(index) => *index,
-                None => {
-                    numbered.push((namespace, name, configured.rule()));
-                    named.push(false);
-                    numbered.len() - 1
-                }
-            };
-            let rule = &mut numbered[index].2;
-            if rule.limit != configured.rule().limit {
-                *rule = rule.changed(configured.rule().limit, clock.now());
-            }
-            rule.max_debt = configured.rule().max_debt;
-            named[index] = true;
-            let number = u32::try_from(index).map_err(|_| corrupt("more policies than numbers"))?;
-            let record = PolicyRecord::of(namespace, name, number, rule).encode_to_vec();
-            batch.put(Keyspace::Policies, policy_key(namespace, name), record);
-        }
-    }
-
-    let numbered = (0..).zip(numbered).map(|(number, (namespace, name, rule))| {
-        Arc::new(Policy {
-            namespace: namespace.into(),
-            name: name.into(),
-            number,
-            rule,
-            cells: CellHasher::new(secret, namespace, name),
-            decisions: Arc::new(Decisions::default()),
-        })
-    });
-    Ok(Catalogue::new(1, numbered.collect(), &named))
+/// A policy that the configuration or the data directory knows.
+struct Known {
+    number: PolicyNumber,
+    settings: fusebox_core::Policy,
+    configured: bool,
 }
 
-/// Every cell that is not full by now. What was out stays spent: credits are for the living.
+/// Policies by namespace and name.
+type Policies = BTreeMap<(String, String), Known>;
+
+fn stored_policies(journal: &dyn Journal) -> Result<Policies, JournalError> {
+    let mut stored = Policies::new();
+    journal.scan(Keyspace::Policies, &mut |key, value| {
+        let record = PolicyRecord::decode(value).ok();
+        let settings = record.as_ref().and_then(PolicyRecord::policy);
+        let (Some(record), Some(settings)) = (record, settings) else {
+            return Err(corrupt_record("policy", key));
+        };
+        let number = PolicyNumber(record.number);
+        let known = Known { number, settings, configured: false };
+        stored.insert((record.namespace, record.name), known);
+        Ok(())
+    })?;
+    Ok(stored)
+}
+
+/// The configured policies under the numbers that their cells know, and those that are no longer
+/// configured.
+fn merge(stored: Policies, namespaces: &Namespaces, next: &mut u32, now: Time) -> Policies {
+    let mut policies = stored;
+    for (namespace, configured) in namespaces {
+        for (name, configured) in &configured.policies {
+            let configured = configured.settings();
+            let name = (namespace.as_str().to_owned(), name.as_str().to_owned());
+            let known = policies.entry(name).or_insert_with(|| {
+                let number = PolicyNumber(*next);
+                *next += 1;
+                Known { number, settings: configured.clone(), configured: true }
+            });
+            known.configured = true;
+            if known.settings.limit != configured.limit {
+                known.settings = known.settings.changed(configured.limit, now);
+            }
+            known.settings.max_debt = configured.max_debt;
+        }
+    }
+    policies
+}
+
+fn catalogue(policies: Policies, secret: &[u8; 16]) -> Catalogue {
+    let policies = policies.into_iter().map(|((namespace, name), known)| {
+        let policy = Policy {
+            cells: CellHasher::new(secret, &namespace, &name),
+            namespace: namespace.into(),
+            name: name.into(),
+            number: known.number,
+            settings: known.settings,
+            decisions: Arc::default(),
+        };
+        (policy, known.configured)
+    });
+    Catalogue::new(1, policies)
+}
+
+/// Every cell that is not full by now, and the policies they are of. What was out stays spent: credits are
+/// for the living.
 fn revive(
     journal: &dyn Journal,
     catalogue: &Catalogue,
-    clock: &ServerClock,
+    now: Time,
     cells: &Embedded,
-) -> Result<(), RecoveryError> {
-    let now = clock.now();
+) -> Result<HashSet<PolicyNumber>, JournalError> {
+    let mut in_use = HashSet::new();
     journal.scan(Keyspace::Cells, &mut |key, value| {
         let id = CellId::from_bytes(key);
         let record = CellRecord::decode(value).ok();
-        let policy = record.and_then(|record| catalogue.numbered(record.number));
+        let policy = record.and_then(|record| catalogue.numbered(PolicyNumber(record.number)));
         let cell = record.and_then(CellRecord::cell);
         let (Some(id), Some(policy), Some(cell)) = (id, policy, cell) else {
             return Err(corrupt_record("cell", key));
         };
-        let rule = &policy.rule;
-        let state = rule.limit.revive(rule.current(cell), now);
-        if rule.limit.full_at(state).is_some_and(|full_at| full_at <= now) {
+        let settings = &policy.settings;
+        let state = settings.limit.revive(settings.current(cell), now);
+        // Also of one that is full: its record is still there.
+        in_use.insert(policy.number);
+        if settings.limit.full_at(state).is_some_and(|full_at| full_at <= now) {
             cells.forget(id);
         } else {
-            cells.restore(id, policy.number, Cell { revision: rule.revision, state });
+            cells.restore(id, policy.number, Cell { revision: settings.revision, state });
         }
         Ok(())
     })?;
-    Ok(())
+    Ok(in_use)
+}
+
+/// Forgets the policies that are neither configured nor in use, so that they do not pile up.
+fn retire(catalogue: &Catalogue, in_use: &HashSet<PolicyNumber>) -> Batch {
+    let mut batch = Batch::default();
+    for policy in catalogue.unnamed().filter(|policy| !in_use.contains(&policy.number)) {
+        batch.delete(Keyspace::Policies, policy_key(&policy.namespace, &policy.name));
+    }
+    batch
 }
 
 fn read<M: Message + Default>(

@@ -30,8 +30,8 @@ impl Writer {
         Self { cells, journal, clock, failed: false }
     }
 
-    /// Whether there is anything to follow to: not under engine `memory`.
-    pub fn follows(&self) -> bool {
+    /// Whether what is written can be read again: not under engine `memory`.
+    pub fn keeps(&self) -> bool {
         self.journal.keeps()
     }
 
@@ -40,17 +40,36 @@ impl Writer {
     /// # Errors
     /// The first failure is final: nothing is admitted or written any more.
     pub fn round(&mut self) -> Result<(), JournalError> {
+        self.guarded(Self::write_changes)
+    }
+
+    /// The last round: returns when all of it is on disk.
+    ///
+    /// # Errors
+    /// If it could not be written, now or in an earlier round.
+    pub fn finish(mut self) -> Result<(), JournalError> {
+        self.guarded(|writer| {
+            writer.write_changes()?;
+            let mut batch = Batch::default();
+            batch.put(Keyspace::Meta, CLOCKS, writer.clocks());
+            writer.journal.commit(batch)?;
+            writer.journal.sync()
+        })
+    }
+
+    fn guarded(
+        &mut self,
+        write: impl FnOnce(&mut Self) -> Result<(), JournalError>,
+    ) -> Result<(), JournalError> {
         if self.failed {
-            return Ok(());
+            return Err(JournalError::Io {
+                action: "write",
+                cause: "an earlier write had failed; what was charged since is lost".into(),
+            });
         }
         // sled panics where it finds that it is broken: a write that failed like any other.
-        let written = catch_unwind(AssertUnwindSafe(|| self.write_changes()));
-        let written = written.unwrap_or_else(|_| {
-            Err(JournalError::Io {
-                action: "write",
-                cause: "the store panicked; see the log".into(),
-            })
-        });
+        let written = catch_unwind(AssertUnwindSafe(|| write(self)));
+        let written = written.unwrap_or_else(|_| Err(JournalError::panicked("write")));
         written.inspect_err(|error| {
             self.failed = true;
             self.cells.fail(&error.to_string());
@@ -73,29 +92,14 @@ impl Writer {
             if batch.writes.is_empty() {
                 continue;
             }
-            let clocks = Clocks::of(self.clock.pair()).encode_to_vec();
-            batch.put(Keyspace::Meta, CLOCKS, clocks);
+            batch.put(Keyspace::Meta, CLOCKS, self.clocks());
             self.journal.commit(batch)?;
             wrote = true;
         }
         if wrote { self.journal.sync() } else { Ok(()) }
     }
 
-    /// The last round: returns when all of it is on disk.
-    ///
-    /// # Errors
-    /// If it could not be written, now or in an earlier round.
-    pub fn finish(mut self) -> Result<(), JournalError> {
-        if self.failed {
-            return Err(JournalError::Io {
-                action: "write",
-                cause: "an earlier write had failed; what was charged since is lost".into(),
-            });
-        }
-        self.round()?;
-        let mut batch = Batch::default();
-        batch.put(Keyspace::Meta, CLOCKS, Clocks::of(self.clock.pair()).encode_to_vec());
-        self.journal.commit(batch)?;
-        self.journal.sync()
+    fn clocks(&self) -> Vec<u8> {
+        Clocks::of(self.clock.pair()).encode_to_vec()
     }
 }

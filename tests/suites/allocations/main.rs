@@ -9,14 +9,15 @@ use std::{
     time::Duration,
 };
 
-use fusebox_core::{Ask as CoreAsk, Outcome, Reason};
+use fusebox_core::{Admission, Cost, Reason};
 use fusebox_proto::v1::{AcquireRequest, Ask, resilience_server::Resilience};
 use fusebox_server::{
     app::{self, Acquire, App, Principal},
     config::Config,
+    counters::Decisions,
     grpc::Service,
     lifecycle::Lifecycle,
-    metrics::{Counters, Decisions, Metrics},
+    metrics::Metrics,
     storage::{self, Answer, journal::Nothing},
 };
 use fusebox_tests::{Counting, ManualClock};
@@ -64,16 +65,16 @@ fn app(lifecycle: &Lifecycle) -> Arc<App> {
     let config = Config::parse("test.yaml", CONFIG).unwrap();
     let (clock, entropy) = (Arc::<ManualClock>::default(), Arc::<Counting>::default());
     let recovered =
-        storage::recover(Box::new(Nothing), &config.namespaces, clock, &*entropy).unwrap();
+        storage::recover(Nothing::open(), &config.namespaces, clock, &*entropy).unwrap();
     let storage::Recovered { catalogue, cells, clock, boot, .. } = recovered;
-    let app = Arc::new(App::new(catalogue, cells, clock, entropy, Arc::default(), boot));
-    lifecycle.ready(Arc::clone(&app));
+    let app = Arc::new(App::new(catalogue, cells, clock, entropy, boot));
+    lifecycle.recovered(Arc::clone(&app));
     app
 }
 
 fn decide(app: &Arc<App>, policies: &[&str], cost: u64) -> bool {
-    let ask = CoreAsk { cost, estimated: false };
-    let asks = policies.iter().map(|policy| app::Ask { policy, key: "key", ask }).collect();
+    let cost = Cost { tokens: cost, estimated: false };
+    let asks = policies.iter().map(|policy| app::Ask { policy, key: "key", cost }).collect();
     let caller = app.caller(Principal::Anonymous);
     match app.acquire(caller, &Acquire { namespace: "test", asks }).unwrap() {
         Answer::Now(acquired) => acquired.decision.allowed,
@@ -100,17 +101,18 @@ fn a_decision_on_live_cells_allocates_nothing() {
 #[test]
 fn counting_allocates_nothing() {
     let lifecycle = Arc::new(Lifecycle::default());
-    let metrics = Metrics::new(&lifecycle, &Arc::<Counters>::default()).unwrap();
+    let metrics = Metrics::new(&lifecycle, &[]).unwrap();
     let method = metrics.method("fusebox.v1.Resilience/Acquire");
     assert_eq!(allocations(|| method.record(Duration::from_micros(30), Code::Ok)).0, 0);
 
     let decisions = Decisions::default();
-    let denied = Outcome::Deny { reason: Reason::RateLimited, retry_after: None };
+    let denied = Admission::Deny { reason: Reason::RateLimited, retry_after: None };
     let counted = allocations(|| {
-        for (allowed, outcome) in [(true, Outcome::Allow), (false, Outcome::Allow), (false, denied)]
+        for (allowed, admission) in
+            [(true, Admission::Allow), (false, Admission::Allow), (false, denied)]
         {
             let decision = fusebox_core::Decision { allowed, verdicts: Default::default() };
-            decisions.count(&decision, outcome);
+            decisions.count(&decision, admission);
         }
     });
     assert_eq!(counted.0, 0);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusebox_client::{Ask, Reason};
+use fusebox_client::{Ask, Client, Reason};
 use fusebox_proto::v1::{AcquireBatchRequest, AcquireRequest, AcquireResponse, Decision};
 use fusebox_tests::Server;
 use tonic::Code;
@@ -108,6 +108,18 @@ async fn a_zero_is_seen() {
     let answer = raw.acquire(request([unset])).await.unwrap().into_inner();
     assert_eq!(answer.verdicts[0].remaining, Some(2));
     server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_says_where_nobody_answers() {
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    for (endpoint, cause) in
+        [(format!("http://{nobody}"), "refused"), ("not an address".to_owned(), "invalid uri")]
+    {
+        let error = Client::connect(&endpoint, "test").await.unwrap_err().to_string();
+        assert!(error.starts_with(&format!("cannot connect to {endpoint}: ")), "{error}");
+        assert!(error.to_lowercase().contains(cause), "{error}");
+    }
 }
 
 fn entry(asks: impl IntoIterator<Item = fusebox_proto::v1::Ask>) -> AcquireRequest {

@@ -5,13 +5,14 @@ use std::{
     pin::Pin,
     sync::{Arc, mpsc},
     task::{Context, Poll},
-    time::Duration,
 };
 
 use fusebox_client::Ask;
-use fusebox_proto::v1::{AcquireRequest, AcquireResponse, Decision};
+use fusebox_proto::v1::{
+    AcquireRequest, AcquireResponse, Decision, resilience_client::ResilienceClient,
+};
 use fusebox_server::{run::RunError, storage::journal::Nothing};
-use fusebox_tests::{ManualClock, Server, Simulated};
+use fusebox_tests::{ManualClock, PATIENCE, Server, Simulated, eventually};
 use http::uri::PathAndQuery;
 use hyper::body::{Body, Bytes, Frame};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -29,9 +30,6 @@ use tonic_prost::ProstCodec;
 
 use crate::{CONFIG, ask, request};
 
-/// Longer than anything here takes; only a test that fails ever waits for it.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 const SERVICES: [&str; 2] = ["", "fusebox.v1.Resilience"];
 
 async fn watch(server: &Server, service: &str) -> Streaming<HealthCheckResponse> {
@@ -45,26 +43,32 @@ async fn next(watch: &mut Streaming<HealthCheckResponse>) -> Result<ServingStatu
 }
 
 /// A call whose message is sent when the test says so.
-async fn slow_call(
-    server: &Server,
-) -> (
-    tokio::sync::mpsc::Sender<AcquireRequest>,
-    tokio::task::JoinHandle<Result<AcquireResponse, Status>>,
-) {
-    let (message, messages) = tokio::sync::mpsc::channel(1);
-    let mut grpc = Grpc::new(server.channel().await);
-    let call = tokio::spawn(async move {
-        grpc.ready().await.unwrap();
-        let path = PathAndQuery::from_static("/fusebox.v1.Resilience/Acquire");
-        let request = Request::new(ReceiverStream::new(messages));
-        let codec = ProstCodec::<AcquireRequest, AcquireResponse>::default();
-        grpc.client_streaming(request, path, codec).await.map(tonic::Response::into_inner)
-    });
-    // A connection and its call are tasks: the call is there once the server says that it is.
-    while !server.http("/metrics").await.1.contains(r#"fusebox_connections{port="grpc"} 1"#) {
-        tokio::task::yield_now().await;
+struct SlowCall {
+    message: tokio::sync::mpsc::Sender<AcquireRequest>,
+    answer: tokio::task::JoinHandle<Result<AcquireResponse, Status>>,
+}
+
+impl SlowCall {
+    /// Returns when the server has the call, but not its message.
+    async fn begin(server: &Server) -> Self {
+        let (message, messages) = tokio::sync::mpsc::channel(1);
+        let channel = server.channel().await;
+        let mut grpc = Grpc::new(channel.clone());
+        let (begun, begin) = tokio::sync::oneshot::channel();
+        let answer = tokio::spawn(async move {
+            grpc.ready().await.unwrap();
+            begun.send(()).unwrap();
+            let path = PathAndQuery::from_static("/fusebox.v1.Resilience/Acquire");
+            let request = Request::new(ReceiverStream::new(messages));
+            let codec = ProstCodec::<AcquireRequest, AcquireResponse>::default();
+            grpc.client_streaming(request, path, codec).await.map(tonic::Response::into_inner)
+        });
+        begin.await.unwrap();
+        // Calls of one connection arrive in order: when a later one is answered, the server has this one.
+        let peek = request([ask("three", "a", 0)]);
+        ResilienceClient::new(channel).acquire(peek).await.unwrap();
+        Self { message, answer }
     }
-    (message, call)
 }
 
 #[tokio::test]
@@ -99,6 +103,19 @@ async fn nothing_is_decided_before_state_is_recovered() {
 }
 
 #[tokio::test]
+async fn a_server_that_is_asked_to_end_does_not_recover_first() {
+    let (recover, recovering) = mpsc::channel::<()>();
+    let journal = Box::new(move || {
+        let _ = recovering.recv();
+        Ok(Box::new(Nothing) as Box<_>)
+    });
+    let server = Server::begin(journal, Arc::<ManualClock>::default(), CONFIG).await;
+    server.ask_to_stop();
+    tokio::time::timeout(PATIENCE, server.ended()).await.expect("it ends").unwrap();
+    drop(recover);
+}
+
+#[tokio::test]
 async fn a_drain_turns_health_and_ends_the_streams_that_never_end() {
     let patient = CONFIG.replace("drain_timeout: 10s", "drain_timeout: 10m");
     let server = Server::start(&patient).await;
@@ -125,18 +142,14 @@ async fn a_drain_turns_health_and_ends_the_streams_that_never_end() {
 #[tokio::test]
 async fn a_call_in_flight_is_answered_while_draining() {
     let server = Server::start(CONFIG).await;
-    let mut health = watch(&server, "").await;
-    assert_eq!(next(&mut health).await.unwrap(), ServingStatus::Serving);
-    drop(health);
-    let (message, call) = slow_call(&server).await;
+    let SlowCall { message, answer } = SlowCall::begin(&server).await;
 
     server.ask_to_stop();
-    while server.http("/readyz").await != (503, "draining\n".into()) {
-        tokio::task::yield_now().await;
-    }
+    eventually("it drains", async || server.http("/readyz").await == (503, "draining\n".into()))
+        .await;
     message.send(request([ask("three", "a", 1)])).await.unwrap();
     drop(message);
-    let answer = call.await.unwrap().unwrap();
+    let answer = answer.await.unwrap().unwrap();
     assert_eq!(answer.decision(), Decision::Allow);
     tokio::time::timeout(PATIENCE, server.ended()).await.expect("the drain ends").unwrap();
 }
@@ -145,10 +158,10 @@ async fn a_call_in_flight_is_answered_while_draining() {
 async fn a_call_that_never_ends_is_cut_when_the_drain_is_over() {
     let impatient = CONFIG.replace("drain_timeout: 10s", "drain_timeout: 50ms");
     let server = Server::start(&impatient).await;
-    let (_message, call) = slow_call(&server).await;
+    let call = SlowCall::begin(&server).await;
     server.ask_to_stop();
     tokio::time::timeout(PATIENCE, server.ended()).await.expect("the drain ends").unwrap();
-    assert!(call.await.unwrap().is_err());
+    assert!(call.answer.await.unwrap().is_err());
 }
 
 #[tokio::test]

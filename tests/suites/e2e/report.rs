@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use fusebox_client::{Ask, Client, Outcome, Reported};
-use fusebox_tests::Server;
+use fusebox_tests::{Server, eventually};
 use tonic::Code;
 
 use crate::{CONFIG, remaining};
@@ -86,6 +86,7 @@ async fn a_grant_of_another_namespace_is_nobodys() {
     let outcome = || [Outcome::cost(&grant, 0)];
     assert_eq!(other.report(outcome()).await.unwrap(), [Reported::UnknownGrant]);
     assert_eq!(client.report(outcome()).await.unwrap(), [Reported::Applied]);
+    assert_eq!(other.report(outcome()).await.unwrap(), [Reported::UnknownGrant]);
 
     let nowhere = server.client("nowhere").await.report(outcome()).await.unwrap_err();
     let fusebox_client::Error::Status(status) = nowhere else { panic!("{nowhere}") };
@@ -107,9 +108,10 @@ async fn an_estimate_that_nobody_reports_stands_when_its_life_is_over() {
     assert_eq!(reported, [Reported::UnknownGrant]);
 
     // Housekeeping settles it as charged; from then on it refills like anything spent.
-    while server.http("/metrics").await.1.contains("fusebox_open_grants 1") {
-        tokio::task::yield_now().await;
-    }
+    eventually("the grant expires", async || {
+        server.http("/metrics").await.1.contains("fusebox_open_grants 0")
+    })
+    .await;
     server.advance(Duration::from_secs(6));
     assert_eq!(remaining(&server, "tokens", "a").await, 100);
     server.stop().await.unwrap();

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use fusebox_client::{Ask, Outcome, Reported};
-use fusebox_core::Charging;
+use fusebox_core::{Charging, Cost};
 use fusebox_server::{
     config::Config,
     run::RunError,
@@ -35,20 +35,19 @@ fn left_after_a_loss_of_power(written: bool) -> u64 {
     let clock = Arc::<ManualClock>::default();
     let start = || {
         let clock = Arc::clone(&clock) as Arc<_>;
-        let opened = journal.open()().unwrap();
-        storage::recover(opened, &config.namespaces, clock, &Counting::default()).unwrap()
+        storage::recover(journal.open(), &config.namespaces, clock, &Counting::default()).unwrap()
     };
     let charge = |recovered: &Recovered, cost| {
         let policy = recovered.catalogue.namespace("test").unwrap().policy("three").unwrap();
         let ask = CellAsk {
             cell: policy.cells.cell("a"),
             number: policy.number,
-            policy: &policy.rule,
-            ask: fusebox_core::Ask { cost, estimated: false },
+            policy: &policy.settings,
+            cost: Cost { tokens: cost, estimated: false },
         };
         let asks = [ask].into_iter().collect();
-        let charge = Charge { charging: Charging::AllOrNothing, asks, reserved: false };
-        match recovered.cells.apply(&charge, recovered.clock.now()).unwrap() {
+        let charge = Charge { charging: Charging::AllOrNothing, asks };
+        match recovered.cells.apply(&charge, None, recovered.clock.now()).unwrap() {
             Answer::Now(decision) => decision.verdicts[0].remaining,
             Answer::Later(_) => panic!("memory answers at once"),
         }
@@ -135,6 +134,27 @@ async fn full_cells_leave_the_disk() {
     clock.advance(Duration::from_secs(60));
     Server::start_on(journal.open(), clock, CONFIG).await.stop().await.unwrap();
     assert_eq!(journal.records(Keyspace::Cells), 0);
+}
+
+#[tokio::test]
+async fn a_policy_that_is_neither_configured_nor_in_use_is_forgotten() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let client = server.client("test").await;
+    assert!(client.acquire([Ask::new("three", "a").cost(3)]).await.unwrap().allowed);
+    server.stop().await.unwrap();
+
+    // `three` has a cell that is not full yet; when it is, its record goes, and then the policy.
+    for policies in [1, 1, 0] {
+        let server = Server::start_on(journal.open(), Arc::clone(&clock), "namespaces: {}").await;
+        server.stop().await.unwrap();
+        assert_eq!(journal.records(Keyspace::Policies), policies);
+        clock.advance(Duration::from_secs(60));
+    }
+    // Its number is not given to another: cells of both would be mixed up.
+    let server = Server::start_on(journal.open(), clock, CONFIG).await;
+    assert_eq!(remaining(&server, "three", "a").await, 3);
+    server.stop().await.unwrap();
 }
 
 #[tokio::test]

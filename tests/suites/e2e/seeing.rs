@@ -1,7 +1,12 @@
 //! Seeing what it does.
 
 use fusebox_client::Ask;
-use fusebox_tests::Server;
+use fusebox_server::limits;
+use fusebox_tests::{PATIENCE, Server, eventually};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic_types::StatusExt;
 
 use crate::{CONFIG, ask, request};
@@ -49,15 +54,12 @@ async fn calls_are_timed_by_method_and_status() {
             r#"rpc_server_call_duration_seconds_count{{rpc_method="fusebox.v1.Resilience/Acquire",rpc_response_status_code="{status}",rpc_system_name="grpc"}} 1"#
         )
     };
-    let counted = async {
-        loop {
-            let (_, metrics) = server.http("/metrics").await;
-            if metrics.contains(&count("OK")) && metrics.contains(&count("INVALID_ARGUMENT")) {
-                return metrics;
-            }
-        }
-    };
-    let metrics = tokio::time::timeout(std::time::Duration::from_secs(10), counted).await.unwrap();
+    eventually("both are counted", async || {
+        let (_, metrics) = server.http("/metrics").await;
+        metrics.contains(&count("OK")) && metrics.contains(&count("INVALID_ARGUMENT"))
+    })
+    .await;
+    let (_, metrics) = server.http("/metrics").await;
     assert!(metrics.contains(r#"le="0.000025""#), "buckets of microseconds");
     server.stop().await.unwrap();
 }
@@ -68,5 +70,35 @@ async fn probes_are_answered() {
     assert_eq!(server.http("/livez").await, (200, "ok\n".into()));
     assert_eq!(server.http("/readyz").await, (200, "ready\n".into()));
     assert_eq!(server.http("/elsewhere").await.0, 404);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn connections_past_the_limit_are_closed_at_once_and_counted() {
+    let server = Server::start(CONFIG).await;
+    let mut connections = Vec::new();
+    for _ in 0..limits::OPS_CONNECTIONS {
+        connections.push(TcpStream::connect(server.ops).await.unwrap());
+    }
+    // Accepted in order: when one past the limit is closed, all before it were taken.
+    let mut one_more = TcpStream::connect(server.ops).await.unwrap();
+    let closed = tokio::time::timeout(PATIENCE, one_more.read(&mut [0])).await.unwrap();
+    assert!(matches!(closed, Ok(0) | Err(_)));
+
+    drop(connections);
+    eventually("there is room again", async || {
+        let mut stream = TcpStream::connect(server.ops).await.unwrap();
+        let asked = stream.write_all(b"GET /livez HTTP/1.1\r\nhost: test\r\n\r\n").await;
+        asked.is_ok() && matches!(stream.read(&mut [0; 12]).await, Ok(12))
+    })
+    .await;
+    eventually("it is told", async || {
+        let (_, metrics) = server.http("/metrics").await;
+        let refused = metrics.lines().find_map(|line| {
+            line.strip_prefix(r#"fusebox_refused_connections_total{port="ops"} "#)
+        });
+        refused.is_some_and(|refused| refused != "0")
+    })
+    .await;
     server.stop().await.unwrap();
 }

@@ -1,12 +1,12 @@
 //! Several cells at once.
 
 use fusebox_core::{
-    Ask, Cells, Charging, Decision, Kind, Limit, MAX_RULES, Outcome, Policy, Rule, Rules, Time,
+    Admission, Cells, Charging, Cost, Decision, Kind, Limit, MAX_RULES, Policy, Rule, Rules, Time,
     apply,
 };
 use proptest::{collection::vec, prelude::*};
 
-use crate::{ask, buckets, later, policy, spent};
+use crate::{buckets, later, policy, spent, tokens};
 
 /// Policies, and rounds of asks: which policy and cell, which share of the burst, after which pause.
 type Rounds = Vec<(u64, Vec<(usize, u64)>)>;
@@ -23,8 +23,8 @@ fn rounds() -> impl Strategy<Value = (Vec<Policy>, Rounds)> {
 fn rules<'a>(policies: &'a [Policy], asks: &[(usize, u64)]) -> Rules<'a> {
     let rule = |(index, share): &(usize, u64)| {
         let policy = &policies[*index];
-        let cost = u128::from(policy.limit.most()) * u128::from(*share) / 100;
-        Rule { cell: *index, policy, ask: ask(cost as u64) }
+        let cost = u128::from(policy.limit.capacity()) * u128::from(*share) / 100;
+        Rule { cell: *index, policy, cost: tokens(cost as u64) }
     };
     asks.iter().map(rule).collect()
 }
@@ -77,7 +77,7 @@ proptest! {
             }
             let decision = apply(&rules, Charging::EachAlone, &mut cells, now);
             let told: Vec<_> =
-                decision.verdicts.iter().map(|verdict| verdict.outcome == Outcome::Allow).collect();
+                decision.verdicts.iter().map(|verdict| verdict.admission == Admission::Allow).collect();
             prop_assert_eq!(told, outcomes);
             prop_assert_eq!(&cells, &expected);
         }
@@ -91,7 +91,7 @@ proptest! {
             now = later(now, pause);
             apply(&rules(&policies, &asks), Charging::Always, &mut cells, now);
             for (policy, cell) in policies.iter().zip(&cells) {
-                prop_assert!(spent(*cell) <= policy.limit.most());
+                prop_assert!(spent(*cell) <= policy.limit.capacity());
             }
         }
     }
@@ -106,7 +106,7 @@ proptest! {
             let peeks: Rules<'_> = policies
                 .iter()
                 .enumerate()
-                .map(|(cell, policy)| Rule { cell, policy, ask: ask(0) })
+                .map(|(cell, policy)| Rule { cell, policy, cost: tokens(0) })
                 .collect();
             for charging in [Charging::AllOrNothing, Charging::EachAlone, Charging::Always] {
                 let before = cells.clone();
@@ -132,10 +132,11 @@ fn told_as_it_is(
         }
         let Limit::TokenBucket(bucket) = rule.policy.limit;
         let state = cells[rule.cell].map(|cell| rule.policy.current(cell));
-        let level = Limit::TokenBucket(bucket).plan(state, Ask { cost: 0, estimated: false }, now);
+        let level =
+            Limit::TokenBucket(bucket).plan(state, Cost { tokens: 0, estimated: false }, now);
         prop_assert_eq!(verdict.remaining, level.before.remaining);
         prop_assert_eq!(verdict.reset_after, level.before.reset_after);
-        prop_assert_eq!(verdict.cost, rule.ask.cost);
+        prop_assert_eq!(verdict.cost, rule.cost.tokens);
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ mod token_bucket;
 
 use std::time::Duration;
 
-use fusebox_core::{Ask, Cell, Formers, Limit, Policy, State, Time, TokenBucket};
+use fusebox_core::{Cell, Cost, Limit, Policy, State, Time, TokenBucket};
 use proptest::prelude::*;
 
 /// Settings of every size: the primes among them divide nothing.
@@ -44,12 +44,12 @@ fn costs(bucket: TokenBucket) -> impl Strategy<Value = u64> {
     prop_oneof![0..=bucket.burst().min(5), 0..=bucket.burst()]
 }
 
-fn ask(cost: u64) -> Ask {
-    Ask { cost, estimated: false }
+fn tokens(tokens: u64) -> Cost {
+    Cost { tokens, estimated: false }
 }
 
 fn policy(bucket: TokenBucket, max_debt: u64) -> Policy {
-    Policy { limit: Limit::TokenBucket(bucket), revision: 1, max_debt, formers: Formers::new() }
+    Policy::new(Limit::TokenBucket(bucket), max_debt)
 }
 
 fn spent(cell: Option<Cell>) -> u64 {

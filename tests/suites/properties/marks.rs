@@ -1,11 +1,12 @@
 //! What a crash leaves behind: marks, and cells of an earlier revision.
 
 use fusebox_core::{
-    Ask, Cell, Cells, Charging, Kind, Limit, Outcome, Rule, Rules, State, Time, TokenBucket, apply,
+    Admission, Cell, Cells, Charging, Cost, Kind, Limit, Rule, Rules, State, Time, TokenBucket,
+    apply,
 };
 use proptest::{collection::vec, prelude::*};
 
-use crate::{ask, buckets, costs, later, policy, steps};
+use crate::{buckets, costs, later, policy, steps, tokens};
 
 /// Some way into the life of a bucket.
 fn lives() -> impl Strategy<Value = (TokenBucket, Vec<(u64, u64)>, u64, u64)> {
@@ -24,8 +25,8 @@ proptest! {
         let (mut state, mut now) = (None, Time::ZERO);
         for (pause, cost) in history {
             now = later(now, pause);
-            let plan = bucket.plan(state, ask(cost), now);
-            if plan.outcome == Outcome::Allow {
+            let plan = bucket.plan(state, tokens(cost), now);
+            if plan.admission == Admission::Allow {
                 state = plan.charged;
             }
         }
@@ -38,8 +39,8 @@ proptest! {
         // At once: all of the step.
         let mut taken = 0;
         for cost in [step / 3, step / 2, step] {
-            let plan = bucket.plan(state, ask(cost), now);
-            if plan.outcome == Outcome::Allow && taken + cost <= step {
+            let plan = bucket.plan(state, tokens(cost), now);
+            if plan.admission == Admission::Allow && taken + cost <= step {
                 taken += cost;
                 state = plan.charged;
                 prop_assert!(bucket.covers(mark, state.unwrap()), "after {} of {}", taken, step);
@@ -49,14 +50,14 @@ proptest! {
         // Later, when time has refilled some of it: as long as it says that it covers, what is recovered
         // from it admits nothing that the living would not, now or ever after.
         now = later(now, wait);
-        let plan = bucket.plan(state, ask(step), now);
-        if plan.outcome == Outcome::Allow {
+        let plan = bucket.plan(state, tokens(step), now);
+        if plan.admission == Admission::Allow {
             state = plan.charged;
         }
         if bucket.covers(mark, state.unwrap()) {
             for moment in [now, later(now, wait), later(now, wait.saturating_mul(2))] {
                 let recovered = bucket.revive(mark, moment);
-                let remaining = |state| bucket.plan(Some(state), ask(0), moment).before.remaining;
+                let remaining = |state| bucket.plan(Some(state), tokens(0), moment).before.remaining;
                 prop_assert!(remaining(recovered) <= remaining(state.unwrap()));
             }
         }
@@ -68,8 +69,8 @@ proptest! {
         let (mut state, mut now) = (None::<fusebox_core::token_bucket::State>, Time::ZERO);
         for (pause, cost) in history {
             now = later(now, pause);
-            let plan = bucket.plan(state, ask(cost), now);
-            if cost > 0 && plan.outcome == Outcome::Allow {
+            let plan = bucket.plan(state, tokens(cost), now);
+            if cost > 0 && plan.admission == Admission::Allow {
                 if let Some(before) = state {
                     prop_assert!(!bucket.covers(before, plan.charged.unwrap()));
                 }
@@ -84,7 +85,7 @@ proptest! {
         let (mut state, mut now) = (None, Time::ZERO);
         for (pause, cost) in history {
             now = later(now, pause);
-            state = bucket.plan(state, ask(cost), now).charged.or(state);
+            state = bucket.plan(state, tokens(cost), now).charged.or(state);
         }
         let Some(state) = state else { return Ok(()) };
         let mark = bucket.mark(state, step);
@@ -108,7 +109,7 @@ proptest! {
         let least = bucket(*limits.iter().min().unwrap()).unwrap();
 
         let mut now = Time::ZERO;
-        let rule = |policy| Rules::from_iter([Rule { cell: 0, policy, ask: ask(cost) }]);
+        let rule = |policy| Rules::from_iter([Rule { cell: 0, policy, cost: tokens(cost) }]);
         let mut cells = Cells::from_iter([None::<Cell>]);
         apply(&rule(&changing), Charging::AllOrNothing, &mut cells, now);
         let cell = cells[0].unwrap();
@@ -118,13 +119,13 @@ proptest! {
             now = later(now, *pause);
             changing = changing.changed(Limit::TokenBucket(bucket(*limit).unwrap()), now);
         }
-        let peek = |limit: &Limit, state| limit.plan(Some(state), ask(0), now).before.remaining;
+        let peek = |limit: &Limit, state| limit.plan(Some(state), tokens(0), now).before.remaining;
         let left = peek(&changing.limit, changing.current(cell));
-        let at_most = most.plan(Some(start), ask(0), now).before.remaining;
+        let at_most = most.plan(Some(start), tokens(0), now).before.remaining;
         prop_assert!(left <= at_most);
         if limits.len() <= fusebox_core::MAX_FORMERS {
             // One part for each change is rounded up, which may cost one whole token.
-            let at_least = least.plan(Some(start), ask(0), now).before.remaining;
+            let at_least = least.plan(Some(start), tokens(0), now).before.remaining;
             prop_assert!(left + 1 >= at_least);
         }
     }
@@ -133,7 +134,7 @@ proptest! {
 #[test]
 fn what_an_open_estimate_may_give_back_is_not_promised_after_a_crash() {
     let bucket = TokenBucket::new(1, std::time::Duration::from_secs(1), 10).unwrap();
-    let plan = bucket.plan(None, Ask { cost: 8, estimated: true }, Time::ZERO);
+    let plan = bucket.plan(None, Cost { tokens: 8, estimated: true }, Time::ZERO);
     let mark = bucket.mark(plan.charged.unwrap(), 0);
     assert_eq!(mark.out, 0);
     assert!(bucket.covers(mark, plan.charged.unwrap()));

@@ -1,11 +1,11 @@
 //! One bucket.
 
 use fusebox_core::{
-    Ask, Kind, Outcome, Reason, Settlement, Time, TokenBucket, token_bucket::State,
+    Admission, Cost, Kind, Reason, Settlement, Time, TokenBucket, token_bucket::State,
 };
 use proptest::{collection::vec, prelude::*};
 
-use crate::{ask, buckets, costs, later, model::History, steps};
+use crate::{buckets, costs, later, model::History, steps, tokens};
 
 fn histories() -> impl Strategy<Value = (TokenBucket, Vec<(u64, u64)>)> {
     buckets().prop_flat_map(|bucket| (Just(bucket), vec((steps(bucket), costs(bucket)), 1..60)))
@@ -21,8 +21,8 @@ proptest! {
         let (mut state, mut now) = (None, Time::ZERO);
         for (step, cost) in history {
             now = later(now, step);
-            let plan = bucket.plan(state, ask(cost), now);
-            let admitted = plan.outcome == Outcome::Allow;
+            let plan = bucket.plan(state, tokens(cost), now);
+            let admitted = plan.admission == Admission::Allow;
             prop_assert_eq!(admitted, model.admits(cost, now), "cost {} at {:?}", cost, now);
             if admitted {
                 model.admit(cost, now);
@@ -37,17 +37,17 @@ proptest! {
         let (mut state, mut now) = (None, Time::ZERO);
         for (step, cost) in history {
             now = later(now, step);
-            let plan = bucket.plan(state, ask(cost), now);
-            match plan.outcome {
-                Outcome::Allow => state = plan.charged,
-                Outcome::Deny { reason, retry_after } => {
+            let plan = bucket.plan(state, tokens(cost), now);
+            match plan.admission {
+                Admission::Allow => state = plan.charged,
+                Admission::Deny { reason, retry_after } => {
                     prop_assert_eq!(reason, Reason::RateLimited);
                     let wait = retry_after.expect("the cost is possible").as_nanos() as u64;
                     prop_assert!(wait > 0);
-                    let before = bucket.plan(state, ask(cost), later(now, wait - 1));
-                    prop_assert_ne!(before.outcome, Outcome::Allow);
-                    let after = bucket.plan(state, ask(cost), later(now, wait));
-                    prop_assert_eq!(after.outcome, Outcome::Allow);
+                    let before = bucket.plan(state, tokens(cost), later(now, wait - 1));
+                    prop_assert_ne!(before.admission, Admission::Allow);
+                    let after = bucket.plan(state, tokens(cost), later(now, wait));
+                    prop_assert_eq!(after.admission, Admission::Allow);
                 }
             }
         }
@@ -59,19 +59,19 @@ proptest! {
         let (mut state, mut now) = (None, Time::ZERO);
         for (step, cost) in history {
             now = later(now, step);
-            let plan = bucket.plan(state, ask(cost), now);
-            if plan.outcome == Outcome::Allow {
+            let plan = bucket.plan(state, tokens(cost), now);
+            if plan.admission == Admission::Allow {
                 state = plan.charged;
             }
             let Some(charged) = state else { continue };
             let full_at = bucket.full_at(charged).expect("nothing is out");
-            let level = |at| bucket.plan(state, ask(0), at).before;
+            let level = |at| bucket.plan(state, tokens(0), at).before;
             prop_assert_eq!(later(now, level(now).reset_after.as_nanos() as u64), full_at.max(now));
             if full_at > now {
                 let nearly = later(Time::ZERO, full_at.as_nanos() - 1);
                 prop_assert!(level(nearly).reset_after.as_nanos() == 1);
             }
-            prop_assert_eq!(level(full_at), bucket.plan(None, ask(0), full_at).before);
+            prop_assert_eq!(level(full_at), bucket.plan(None, tokens(0), full_at).before);
         }
     }
 
@@ -85,12 +85,12 @@ proptest! {
         for (step, cost) in history {
             now = later(now, step);
             let early = Time::from_nanos(now.as_nanos() - back);
-            let on_time = bucket.plan(state, ask(cost), now);
+            let on_time = bucket.plan(state, tokens(cost), now);
             if let Some(state) = state {
-                let late = bucket.plan(Some(state), ask(cost), early);
+                let late = bucket.plan(Some(state), tokens(cost), early);
                 prop_assert!(late.before.remaining <= on_time.before.remaining);
             }
-            if on_time.outcome == Outcome::Allow {
+            if on_time.admission == Admission::Allow {
                 state = on_time.charged;
             }
         }
@@ -108,8 +108,8 @@ proptest! {
         for ((step, cost), share) in history.into_iter().zip(shares) {
             now = later(now, step);
             let actual = cost.saturating_mul(share) / 100;
-            let plan = bucket.plan(estimated, Ask { cost, estimated: true }, now);
-            if cost == 0 || plan.outcome != Outcome::Allow {
+            let plan = bucket.plan(estimated, Cost { tokens: cost, estimated: true }, now);
+            if cost == 0 || plan.admission != Admission::Allow {
                 continue;
             }
             let settlement = Settlement { charged: cost, actual, max_debt };
@@ -120,9 +120,9 @@ proptest! {
             // The same, by charging what was really taken.
             let taken = cost + settled.owed - settled.refunded;
             let before = exact.unwrap_or(State { spent: 0, remainder: 0, out: 0, at: now });
-            let refilled = bucket.plan(Some(before), ask(0), now);
+            let refilled = bucket.plan(Some(before), tokens(0), now);
             let spent = bucket.revive(before, now);
-            prop_assert_eq!(refilled.before, bucket.plan(Some(spent), ask(0), now).before);
+            prop_assert_eq!(refilled.before, bucket.plan(Some(spent), tokens(0), now).before);
             exact = Some(State { spent: spent.spent + taken, ..spent });
             prop_assert_eq!(estimated, exact);
             prop_assert!(estimated.unwrap().spent <= bucket.burst() + max_debt);
@@ -145,14 +145,14 @@ proptest! {
                 let settlement = Settlement { charged, actual: 0, max_debt: 0 };
                 state = bucket.settle(state, settlement, now).state;
             } else {
-                let plan = bucket.plan(state, Ask { cost, estimated: true }, now);
-                if cost > 0 && plan.outcome == Outcome::Allow {
+                let plan = bucket.plan(state, Cost { tokens: cost, estimated: true }, now);
+                if cost > 0 && plan.admission == Admission::Allow {
                     state = plan.charged;
                     open.push(cost);
                 }
             }
             let out: u64 = open.iter().sum();
-            let remaining = bucket.plan(state, ask(0), now).before.remaining;
+            let remaining = bucket.plan(state, tokens(0), now).before.remaining;
             prop_assert!(remaining + out <= bucket.burst(), "{} left, {} out", remaining, out);
         }
     }

@@ -8,10 +8,10 @@ use std::{
 };
 
 use fusebox_core::{
-    Ask, Cell, Cells, Charging, Decision, Formers, Kind, Limit, Policy, Rule, Time, TokenBucket,
+    Cell, Cells, Charging, Cost, Decision, Kind, Limit, Policy, Rule, Time, TokenBucket,
 };
 use fusebox_server::{
-    catalogue::{self, Catalogue, CellHasher},
+    catalogue::{self, Catalogue, CellHasher, PolicyNumber},
     config::Config,
     storage::{
         self, Answer, CellAsk, Charge, Embedded, Recovered, Settlement, Storage, journal::Sled,
@@ -33,7 +33,7 @@ pub struct Named<'a> {
 pub trait Engine {
     /// The policies from now on.
     fn policies(&mut self, policies: &Policies);
-    fn acquire(&mut self, asks: &[(Named<'_>, Ask)], charging: Charging) -> Decision;
+    fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision;
     /// Refunded, owed and dropped.
     fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64);
     fn advance(&mut self, by: Duration);
@@ -54,15 +54,15 @@ impl Engine for Core {
         revise(&mut self.policies, policies, self.now);
     }
 
-    fn acquire(&mut self, asks: &[(Named<'_>, Ask)], charging: Charging) -> Decision {
+    fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision {
         let mut names = Vec::new();
-        let rules = asks.iter().map(|(named, ask)| {
+        let rules = asks.iter().map(|(named, cost)| {
             let name = (named.policy.to_owned(), named.key.to_owned());
             let cell = names.iter().position(|known| *known == name).unwrap_or_else(|| {
                 names.push(name);
                 names.len() - 1
             });
-            Rule { cell, policy: &self.policies[named.policy], ask: *ask }
+            Rule { cell, policy: &self.policies[named.policy], cost: *cost }
         });
         let rules = rules.collect();
         let mut cells: Cells = names.iter().map(|name| self.cells.get(name).copied()).collect();
@@ -123,17 +123,18 @@ impl Default for Memory {
 impl Memory {
     /// The policies as the server has them, numbered by name.
     fn catalogue(&self) -> Catalogue {
-        let numbered = (0..).zip(&self.policies).map(|(number, (name, rule))| {
-            Arc::new(catalogue::Policy {
+        let policies = (0..).zip(&self.policies).map(|(number, (name, settings))| {
+            let policy = catalogue::Policy {
                 namespace: "spec".into(),
                 name: name.as_str().into(),
-                number,
-                rule: rule.clone(),
+                number: PolicyNumber(number),
+                settings: settings.clone(),
                 cells: CellHasher::new(&[0; 16], "spec", name),
                 decisions: Arc::default(),
-            })
+            };
+            (policy, true)
         });
-        Catalogue::new(1, numbered.collect(), &vec![true; self.policies.len()])
+        Catalogue::new(1, policies)
     }
 }
 
@@ -142,7 +143,7 @@ impl Engine for Memory {
         revise(&mut self.policies, policies, self.now);
     }
 
-    fn acquire(&mut self, asks: &[(Named<'_>, Ask)], charging: Charging) -> Decision {
+    fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision {
         acquire(&self.cells, &self.catalogue(), asks, charging, self.now)
     }
 
@@ -204,7 +205,7 @@ impl Engine for OnSled {
         self.restart();
     }
 
-    fn acquire(&mut self, asks: &[(Named<'_>, Ask)], charging: Charging) -> Decision {
+    fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision {
         let running = self.running();
         let now = running.clock.now();
         let decision = acquire(&*running.cells, &running.catalogue, asks, charging, now);
@@ -227,10 +228,10 @@ impl Engine for OnSled {
             running.writer.finish().expect("sled writes");
         }
         let config = Config::parse("spec.yaml", &self.configuration).expect("a configuration");
-        let journal = Sled::open(self.directory.path()).expect("sled opens");
+        let directory = self.directory.path().to_owned();
+        let journal = Box::new(move || Ok(Box::new(Sled::open(&directory)?) as Box<_>));
         let clock = Arc::clone(&self.clock) as Arc<_>;
-        let recovered =
-            storage::recover(Box::new(journal), &config.namespaces, clock, &Counting::default());
+        let recovered = storage::recover(journal, &config.namespaces, clock, &Counting::default());
         self.running = Some(recovered.expect("sled recovers"));
     }
 
@@ -243,12 +244,7 @@ impl Engine for OnSled {
 fn revise(revised: &mut BTreeMap<String, Policy>, policies: &Policies, now: Time) {
     for (name, (bucket, max_debt)) in policies {
         let limit = Limit::TokenBucket(*bucket);
-        let policy = revised.entry(name.clone()).or_insert_with(|| Policy {
-            limit,
-            revision: 1,
-            max_debt: *max_debt,
-            formers: Formers::new(),
-        });
+        let policy = revised.entry(name.clone()).or_insert_with(|| Policy::new(limit, *max_debt));
         if policy.limit != limit {
             *policy = policy.changed(limit, now);
         }
@@ -259,18 +255,18 @@ fn revise(revised: &mut BTreeMap<String, Policy>, policies: &Policies, now: Time
 fn acquire(
     storage: &dyn Storage,
     catalogue: &Catalogue,
-    asks: &[(Named<'_>, Ask)],
+    asks: &[(Named<'_>, Cost)],
     charging: Charging,
     now: Time,
 ) -> Decision {
     let namespace = catalogue.namespace("spec").expect("a policy first");
-    let asks = asks.iter().map(|(named, ask)| {
+    let asks = asks.iter().map(|(named, cost)| {
         let policy = namespace.policy(named.policy).expect("a known policy");
         let cell = policy.cells.cell(named.key);
-        CellAsk { cell, number: policy.number, policy: &policy.rule, ask: *ask }
+        CellAsk { cell, number: policy.number, policy: &policy.settings, cost: *cost }
     });
-    let charge = Charge { charging, asks: asks.collect(), reserved: false };
-    now_or_never(storage.apply(&charge, now))
+    let charge = Charge { charging, asks: asks.collect() };
+    now_or_never(storage.apply(&charge, None, now))
 }
 
 fn settle(
@@ -285,7 +281,7 @@ fn settle(
     let policy = policy.expect("a known policy");
     let cell = policy.cells.cell(named.key);
     let settlement =
-        Settlement { cell, number: policy.number, policy: &policy.rule, charged, actual };
+        Settlement { cell, number: policy.number, policy: &policy.settings, charged, actual };
     let settled = now_or_never(storage.settle(&settlement, now));
     (settled.refunded, settled.owed, settled.dropped)
 }

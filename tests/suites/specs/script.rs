@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt::Write, time::Duration};
 
 use datadriven::TestCase;
-use fusebox_core::{Ask, Charging, Outcome, Reason, TokenBucket, Verdict};
+use fusebox_core::{Admission, Charging, Cost, Reason, TokenBucket, Verdict};
 
 use crate::engine::{Engine, Named};
 
@@ -73,7 +73,7 @@ impl Script {
             .map(|line| {
                 let (named, rest) = named(line);
                 let cost = rest[0].parse().expect("a cost");
-                (named, Ask { cost, estimated: rest.get(1) == Some(&"estimated") })
+                (named, Cost { tokens: cost, estimated: rest.get(1) == Some(&"estimated") })
             })
             .collect();
         let decision = self.engine.acquire(&asks, charging);
@@ -107,9 +107,9 @@ fn shown(verdict: &Verdict) -> String {
         Duration::ZERO => "full".to_owned(),
         wait => format!("full in {wait:?}"),
     };
-    match verdict.outcome {
-        Outcome::Allow => format!("allow, {left}, {full}"),
-        Outcome::Deny { reason, retry_after } => {
+    match verdict.admission {
+        Admission::Allow => format!("allow, {left}, {full}"),
+        Admission::Deny { reason, retry_after } => {
             let reason = match reason {
                 Reason::RateLimited => "rate limited",
                 Reason::Blocked => "blocked",

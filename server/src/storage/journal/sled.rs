@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use super::{Batch, Journal, JournalError, Keyspace, Visit};
@@ -11,8 +11,9 @@ use crate::limits;
 /// One sled tree; the first byte of a key is its keyspace.
 pub struct Sled {
     db: sled::Db,
-    /// sled's flush hands its data to the kernel but never asks the disk to keep it; this file does.
-    log: PathBuf,
+    /// sled's flush hands its data to the kernel but never asks the disk to keep it; syncing this does. Open
+    /// for good, so that a sync needs no file descriptor that may be had no more.
+    log: File,
 }
 
 impl Sled {
@@ -36,7 +37,8 @@ impl Sled {
                 }
                 error => JournalError::Io { action: "open", cause: format!("{shown}: {error}") },
             })?;
-        Ok(Self { db, log: directory.join("db") })
+        let log = File::open(directory.join("db")).map_err(failed("open"))?;
+        Ok(Self { db, log })
     }
 }
 
@@ -72,7 +74,7 @@ impl Journal for Sled {
 
     fn sync(&mut self) -> Result<(), JournalError> {
         self.db.flush().map_err(failed("sync"))?;
-        File::open(&self.log).and_then(|log| log.sync_data()).map_err(failed("sync"))
+        self.log.sync_data().map_err(failed("sync"))
     }
 }
 
