@@ -182,9 +182,11 @@ pub(crate) async fn serve_grpc(port: Port, mut stream: TcpStream, calls: Calls) 
 pub(crate) async fn serve_http(port: Port, stream: TcpStream, router: axum::Router) {
     let connection = conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits::OPS_HEADER_WAIT)
+        .keep_alive(false)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    port.serve(connection).await;
+    if tokio::time::timeout(limits::OPS_CONNECTION_LIFE, port.serve(connection)).await.is_err() {
+        tracing::debug!(port = port.name, "a client took too long");
+    }
 }
 
 /// Runs the calls of a connection as tasks of its port, so that a drain waits for them too.

@@ -71,11 +71,13 @@ impl Catalogue {
 
     /// Every policy that cannot be asked: the configuration no longer names it.
     pub fn unnamed(&self) -> impl Iterator<Item = &Arc<Policy>> {
-        let named = |policy: &Policy| {
-            self.namespace(&policy.namespace)
-                .is_some_and(|names| names.policy(&policy.name).is_some())
-        };
-        self.numbered.values().filter(move |policy| !named(policy))
+        self.numbered.values().filter(|policy| !self.names(policy))
+    }
+
+    /// Whether the policy can be asked.
+    pub fn names(&self, policy: &Policy) -> bool {
+        let namespace = self.namespace(&policy.namespace);
+        namespace.is_some_and(|namespace| namespace.policy(&policy.name).is_some())
     }
 
     /// Every policy that can be asked.

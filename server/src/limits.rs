@@ -19,6 +19,10 @@ pub const REPORT_OUTCOMES: usize = 1_000;
 /// Bytes of one message from a client: four times the largest sensible batch.
 pub const MESSAGE_BYTES: usize = 1024 * 1024;
 
+/// Bytes of all messages that are being received: what clients hold back in the middle of a message is
+/// held in our memory. Past it a call is refused with `RESOURCE_EXHAUSTED`.
+pub const RECEIVED_BYTES: usize = 256 * 1024 * 1024;
+
 /// Bytes of a key: long enough for a URL path or a token's hash, short enough to copy without thought.
 pub const KEY_BYTES: usize = 256;
 
@@ -87,10 +91,11 @@ pub const PENDING_RESETS: usize = 512;
 /// Wait for the first words of a connection: an HTTP/2 client speaks first, and at once.
 pub const PREFACE_WAIT: Duration = Duration::from_secs(10);
 
-/// Wait for the headers of a request on the operations port.
-pub const OPS_HEADER_WAIT: Duration = Duration::from_secs(10);
+/// Life of a connection of the operations port, of one request: a client that does not read its answer
+/// must not keep probes out.
+pub const OPS_CONNECTION_LIFE: Duration = Duration::from_secs(10);
 
-/// Time until a unary call is answered, for a client that sets no deadline or a later one: a decision
+/// Time until a call is answered, or the stream of its answers begins, for a client that sets no deadline or a later one: a decision
 /// takes microseconds, so this only ends calls whose message never arrives.
 pub const CALL_TIME: Duration = Duration::from_secs(30);
 
@@ -107,6 +112,12 @@ pub const OPS_DRAIN: Duration = Duration::from_secs(1);
 /// Wait for threads that have nothing left to do when the program ends: a store that hangs must not keep
 /// it alive.
 pub const EXIT: Duration = Duration::from_secs(1);
+
+/// Wait for one round of the writer: a disk that takes longer hangs, and that is a failure as any other.
+pub const WRITE_STALL: Duration = Duration::from_secs(10);
+
+/// Wait for the last round of the writer, after which the program ends without it, and says so.
+pub const FLUSH: Duration = Duration::from_secs(10);
 
 /// Longest drain: an orchestrator that waits longer than ten minutes is not one.
 pub const DRAIN: Duration = Duration::from_secs(600);

@@ -21,6 +21,19 @@ impl Reservation {
         (amount == 0 || before + amount <= capacity).then_some(reservation)
     }
 
+    /// A share of nothing yet, to be [grown](Self::grow).
+    pub fn nothing(taken: &Arc<AtomicUsize>) -> Self {
+        Self { taken: Arc::clone(taken), amount: 0 }
+    }
+
+    /// Takes `amount` more; `false` if that is above `capacity`, and then what is taken stays as it is.
+    #[must_use]
+    pub fn grow(&mut self, amount: usize, capacity: usize) -> bool {
+        let Some(mut more) = Self::of(&self.taken, amount, capacity) else { return false };
+        self.amount += std::mem::take(&mut more.amount);
+        true
+    }
+
     /// Keeps one of the share for good: whoever has it now gives it back. `false` if none is left.
     #[must_use]
     pub fn keep_one(&mut self) -> bool {
@@ -39,6 +52,17 @@ impl Drop for Reservation {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_share_grows_up_to_the_capacity() {
+        let taken = Arc::new(AtomicUsize::new(0));
+        let mut share = Reservation::nothing(&taken);
+        assert!(share.grow(3, 4));
+        assert!(!share.grow(2, 4));
+        assert_eq!(taken.load(Ordering::Relaxed), 3);
+        drop(share);
+        assert_eq!(taken.load(Ordering::Relaxed), 0);
+    }
 
     #[test]
     fn what_is_not_kept_comes_back() {

@@ -12,7 +12,11 @@ use std::{
 
 use fusebox_proto::v1::resilience_server::ResilienceServer;
 use thiserror::Error;
-use tokio::{net::TcpListener, sync::watch, time::MissedTickBehavior};
+use tokio::{
+    net::TcpListener,
+    sync::{oneshot, watch},
+    time::{MissedTickBehavior, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{server::NamedService, service::Routes};
 use tonic_health::{
@@ -154,10 +158,12 @@ fn routes(service: Service, health: HealthServer<impl Health>) -> Result<Routes,
     };
     let resilience =
         ResilienceServer::new(service).max_decoding_message_size(limits::MESSAGE_BYTES);
+    let reflection = descriptors().build_v1().map_err(internal)?;
+    let reflection_alpha = descriptors().build_v1alpha().map_err(internal)?;
     let routes = Routes::new(resilience)
-        .add_service(health)
-        .add_service(descriptors().build_v1().map_err(internal)?)
-        .add_service(descriptors().build_v1alpha().map_err(internal)?);
+        .add_service(health.max_decoding_message_size(limits::MESSAGE_BYTES))
+        .add_service(reflection.max_decoding_message_size(limits::MESSAGE_BYTES))
+        .add_service(reflection_alpha.max_decoding_message_size(limits::MESSAGE_BYTES));
     Ok(routes.prepare())
 }
 
@@ -203,40 +209,74 @@ fn internal(error: impl ToString) -> RunError {
 struct WriterThread {
     /// Dropped to ask for the last round.
     stop: mpsc::Sender<()>,
-    failed: watch::Receiver<bool>,
-    thread: thread::JoinHandle<Result<(), JournalError>>,
+    progress: watch::Receiver<Progress>,
+    /// How the last round went.
+    finished: oneshot::Receiver<Result<(), JournalError>>,
+}
+
+/// What the writer is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    Waiting,
+    Writing,
+    Failed,
 }
 
 impl WriterThread {
     fn spawn(mut writer: Writer) -> std::io::Result<Self> {
         let (stop, stopped) = mpsc::channel();
-        let (fail, failed) = watch::channel(false);
-        let thread = thread::Builder::new().name("writer".into()).spawn(move || {
+        let (told, progress) = watch::channel(Progress::Waiting);
+        let (finish, finished) = oneshot::channel();
+        thread::Builder::new().name("writer".into()).spawn(move || {
             while stopped.recv_timeout(limits::RELAXED_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                if !writer.keeps() || *fail.borrow() {
+                if !writer.keeps() || *told.borrow() == Progress::Failed {
                     continue;
                 }
-                if let Err(error) = writer.round() {
+                told.send_replace(Progress::Writing);
+                let written = writer.round();
+                told.send_replace(if written.is_ok() {
+                    Progress::Waiting
+                } else {
+                    Progress::Failed
+                });
+                if let Err(error) = written {
                     tracing::error!(
                         %error,
                         "the storage failed: nothing is admitted from here on. \
                          Free space or mend the disk, then restart"
                     );
-                    let _ = fail.send(true);
                 }
             }
-            writer.finish()
+            // Who waited for it may have lost patience.
+            let _ = finish.send(writer.finish());
         })?;
-        Ok(Self { stop, failed, thread })
+        Ok(Self { stop, progress, finished })
     }
 
-    /// Returns once a write has failed.
+    /// Returns once a write has failed, or takes longer than any should.
     fn failed(&self) -> impl Future<Output = ()> + use<> {
-        let mut failed = self.failed.clone();
+        let mut progress = self.progress.clone();
         async move {
-            if failed.wait_for(|failed| *failed).await.is_err() {
-                // The thread is gone without a failure: it was asked to finish.
-                std::future::pending::<()>().await;
+            loop {
+                let now = *progress.borrow_and_update();
+                let change = progress.changed();
+                let changed = match now {
+                    Progress::Failed => return,
+                    Progress::Waiting => change.await,
+                    Progress::Writing => match timeout(limits::WRITE_STALL, change).await {
+                        Ok(changed) => changed,
+                        Err(_) => {
+                            tracing::error!(
+                                "the disk hangs: nothing is admitted from here on. Mend it, then restart"
+                            );
+                            return;
+                        }
+                    },
+                };
+                if changed.is_err() {
+                    // The thread is gone without a failure: it was asked to finish.
+                    return std::future::pending().await;
+                }
             }
         }
     }
@@ -244,7 +284,101 @@ impl WriterThread {
     /// Asks for the last round, and returns when it is on disk.
     async fn finish(self) -> Result<(), RunError> {
         drop(self.stop);
-        let joined = tokio::task::spawn_blocking(|| self.thread.join()).await.map_err(internal)?;
-        joined.map_err(|_| internal("the writer panicked"))?.map_err(RunError::Flush)
+        match timeout(limits::FLUSH, self.finished).await {
+            Ok(Ok(written)) => written.map_err(RunError::Flush),
+            Ok(Err(_)) => Err(internal("the writer panicked")),
+            Err(_) => Err(RunError::Flush(JournalError::Io {
+                action: "sync",
+                cause: "the disk hangs; what was charged last is lost".into(),
+            })),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::Receiver;
+
+    use fusebox_core::{Charging, Cost};
+    use parking_lot::Mutex;
+
+    use super::*;
+    use crate::{
+        clock::SystemClock,
+        config::Config,
+        entropy::SystemEntropy,
+        storage::{
+            CellAsk, Charge, Storage,
+            journal::{Batch, Journal, Keyspace, Visit},
+        },
+    };
+
+    /// A disk that hangs at every sync but the first, which is that of a start, until the test lets it go.
+    struct Hanging {
+        syncs: usize,
+        let_go: Mutex<Receiver<()>>,
+    }
+
+    impl Journal for Hanging {
+        fn keeps(&self) -> bool {
+            true
+        }
+
+        fn get(&self, _: Keyspace, _: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
+            Ok(None)
+        }
+
+        fn scan(&self, _: Keyspace, _: &mut Visit<'_>) -> Result<(), JournalError> {
+            Ok(())
+        }
+
+        fn commit(&mut self, _: Batch) -> Result<(), JournalError> {
+            Ok(())
+        }
+
+        fn sync(&mut self) -> Result<(), JournalError> {
+            self.syncs += 1;
+            if self.syncs > 1 {
+                let _ = self.let_go.lock().recv();
+            }
+            Ok(())
+        }
+    }
+
+    /// A writer with something to write, and what lets its disk go.
+    fn writer() -> (Writer, mpsc::Sender<()>) {
+        let (go, let_go) = mpsc::channel();
+        let journal = Box::new(|| {
+            Ok(Box::new(Hanging { syncs: 0, let_go: Mutex::new(let_go) }) as Box<dyn Journal>)
+        });
+        let namespaces = Config::demo().unwrap().namespaces;
+        let clock = Arc::new(SystemClock::default());
+        let recovered = storage::recover(journal, &namespaces, clock, &SystemEntropy).unwrap();
+        let policy = recovered.catalogue.policies().next().unwrap();
+        let ask = CellAsk {
+            cell: policy.cells.cell(""),
+            number: policy.number,
+            policy: &policy.settings,
+            cost: Cost { tokens: 1, estimated: false },
+        };
+        let asks = [ask].into_iter().collect();
+        let charge = Charge { charging: Charging::AllOrNothing, asks };
+        recovered.cells.apply(&charge, None, recovered.clock.now()).unwrap();
+        (recovered.writer, go)
+    }
+
+    // Time is paused: it goes on by itself to the next timer, and the disk hangs for no longer than that.
+
+    #[tokio::test(start_paused = true)]
+    async fn a_disk_that_hangs_is_a_failure() {
+        let (writer, _go) = writer();
+        WriterThread::spawn(writer).unwrap().failed().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_end_does_not_wait_for_a_disk_that_hangs() {
+        let (writer, _go) = writer();
+        let ended = WriterThread::spawn(writer).unwrap().finish().await.unwrap_err();
+        assert!(ended.to_string().contains("the disk hangs"), "{ended}");
     }
 }

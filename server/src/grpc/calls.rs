@@ -5,24 +5,25 @@ use std::{
     convert::Infallible,
     future::Future,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicUsize},
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use http::{HeaderMap, Request, Response};
 use http_body::Frame;
-use hyper::body::Incoming;
+use hyper::body::{Bytes, Incoming};
 use pin_project_lite::pin_project;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status, body::Body, service::Routes};
-use tower::ServiceExt;
+use tower::{BoxError, ServiceExt};
 
 use super::status;
 use crate::{
     clock::Clock,
     limits,
     metrics::{MethodDurations, Metrics},
+    reservation::Reservation,
 };
 
 const GRPC_TIMEOUT: &str = "grpc-timeout";
@@ -52,6 +53,8 @@ pub struct Calls {
     routes: Routes,
     clock: Arc<dyn Clock>,
     methods: Arc<[MethodDurations]>,
+    /// Bytes of the messages that are being received.
+    received: Arc<AtomicUsize>,
     draining: CancellationToken,
 }
 
@@ -64,7 +67,7 @@ impl Calls {
         draining: CancellationToken,
     ) -> Self {
         let methods = METHODS.iter().map(|method| metrics.method(method.name)).collect();
-        Self { routes, clock, methods, draining }
+        Self { routes, clock, methods, received: Arc::default(), draining }
     }
 }
 
@@ -86,16 +89,19 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
             code: Code::Cancelled,
         };
         let routes = self.routes.clone();
+        let bytes = Reservation::nothing(&self.received);
         let draining = streams.then(|| Box::pin(self.draining.clone().cancelled_owned()));
         Box::pin(async move {
-            let response = if streams {
-                infallible(routes.oneshot(request).await)
-            } else {
-                let time = timeout(request.headers());
-                tokio::time::timeout(time, routes.oneshot(request)).await.map_or_else(
+            let time = timeout(request.headers());
+            let request = request.map(|body| Received { body, bytes });
+            let mut draining = draining;
+            let response = tokio::select! {
+                response = tokio::time::timeout(time, routes.oneshot(request)) => response.map_or_else(
                     |_| Status::deadline_exceeded("the time for this call is over").into_http(),
                     infallible,
-                )
+                ),
+                // A stream that has not even begun.
+                () = cancelled(&mut draining) => draining_status().into_http(),
             };
             let (mut head, inner) = response.into_parts();
             // Only an answer that is an error, and nothing else, has its status here.
@@ -129,6 +135,47 @@ impl Drop for Call {
 }
 
 pin_project! {
+    /// The body of a request: what is received of it counts until the call is over.
+    struct Received<B> {
+        #[pin]
+        body: B,
+        bytes: Reservation,
+    }
+}
+
+impl<B> http_body::Body for Received<B>
+where
+    B: http_body::Body<Data = Bytes, Error: Into<BoxError>>,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.project();
+        let frame = ready!(this.body.poll_frame(cx));
+        if let Some(Ok(frame)) = &frame {
+            let bytes = frame.data_ref().map_or(0, Bytes::len);
+            if !this.bytes.grow(bytes, limits::RECEIVED_BYTES) {
+                let status = Status::resource_exhausted("too many messages are being received");
+                return Poll::Ready(Some(Err(status.into())));
+            }
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
+pin_project! {
     /// The body of an answer: sees its status go by.
     pub struct CallBody {
         #[pin]
@@ -153,9 +200,8 @@ impl http_body::Body for CallBody {
             ready!(draining.as_mut().poll(cx));
             *this.draining = None;
             this.call.code = Code::Unavailable;
-            let status = Status::unavailable("draining: connect again");
             let mut trailers = HeaderMap::new();
-            status.add_header(&mut trailers)?;
+            draining_status().add_header(&mut trailers)?;
             return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
         };
         if let Some(code) = frame
@@ -175,6 +221,18 @@ impl http_body::Body for CallBody {
 
     fn size_hint(&self) -> http_body::SizeHint {
         self.inner.size_hint()
+    }
+}
+
+fn draining_status() -> Status {
+    Status::unavailable("draining: connect again")
+}
+
+/// Returns when it is cancelled; never if there is nothing to be.
+async fn cancelled(draining: &mut Option<Pin<Box<WaitForCancellationFutureOwned>>>) {
+    match draining {
+        Some(draining) => draining.as_mut().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -217,6 +275,7 @@ fn timeout(headers: &HeaderMap) -> Duration {
 #[cfg(test)]
 mod tests {
     use http::HeaderValue;
+    use http_body_util::{BodyExt, Full};
 
     use super::*;
 
@@ -234,5 +293,20 @@ mod tests {
         for not_a_timeout in ["", "S", "1", "1x", "+1S", "999999999S"] {
             assert_eq!(timeout_of(not_a_timeout), limits::CALL_TIME, "{not_a_timeout}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_received_is_counted_and_past_the_limit_refused() {
+        let taken = Arc::new(AtomicUsize::new(limits::RECEIVED_BYTES - 10));
+        let body = |bytes: &'static [u8]| Received {
+            body: Full::new(Bytes::from_static(bytes)),
+            bytes: Reservation::nothing(&taken),
+        };
+        let ten = body(&[0; 10]);
+        let mut ten = std::pin::pin!(ten);
+        assert!(ten.as_mut().frame().await.unwrap().is_ok());
+        let refused = body(&[0]).collect().await.unwrap_err();
+        let status = refused.downcast::<Status>().unwrap();
+        assert_eq!(status.code(), Code::ResourceExhausted);
     }
 }

@@ -7,7 +7,9 @@ use std::sync::{
 
 use arrayvec::ArrayVec;
 use crossbeam_utils::CachePadded;
-use fusebox_core::{Cell, Cells, Decision, MAX_RULES, Rule, Rules, Settled, Time};
+use fusebox_core::{
+    Cell, Cells, Cost, Decision, Kind, MAX_RULES, Policy, Rule, Rules, Settled, Time,
+};
 use hashbrown::HashTable;
 use parking_lot::{Mutex, MutexGuard};
 
@@ -35,6 +37,9 @@ struct Shard {
     cells: HashTable<Entry>,
     /// Cells changed or gone since the writer last looked.
     changed: Vec<CellId>,
+    /// When a full cell last left. A caller whose clock was read before that must not find the cell fuller
+    /// than it was then: it is decided as of this time.
+    swept: Time,
 }
 
 struct Entry {
@@ -75,7 +80,7 @@ impl Embedded {
     /// What changed in one shard since this was last asked.
     pub(super) fn take_changes(&self, shard: usize) -> Vec<Change> {
         let mut shard = self.shards[shard].lock();
-        let Shard { cells, changed } = &mut *shard;
+        let Shard { cells, changed, .. } = &mut *shard;
         let mut changes = Vec::with_capacity(changed.len());
         for id in changed.drain(..) {
             let entry = cells.find_mut(table_hash(id), |entry| entry.id == id);
@@ -90,10 +95,13 @@ impl Embedded {
         changes
     }
 
-    /// Puts a cell that was recovered; its record is on disk already.
-    pub(super) fn restore(&self, id: CellId, number: PolicyNumber, cell: Cell) {
-        let entry = Entry { id, cell, number, changed: false };
+    /// Puts a cell that was recovered, and whether its record is to be written again.
+    pub(super) fn restore(&self, id: CellId, number: PolicyNumber, cell: Cell, changed: bool) {
+        let entry = Entry { id, cell, number, changed };
         let mut shard = self.shards[shard_of(id)].lock();
+        if changed {
+            shard.changed.push(id);
+        }
         shard.cells.insert_unique(table_hash(id), entry, |entry| table_hash(entry.id));
         self.live.fetch_add(1, Ordering::Relaxed);
     }
@@ -157,8 +165,10 @@ impl Storage for Embedded {
         }
 
         let mut shards = Locked::new(self, &ids);
+        let now = shards.not_before_a_sweep(now);
         let mut cells: Cells = ids.iter().map(|(id, _)| shards.read(*id)).collect();
-        let creates = |rule: &&Rule<'_>| cells[rule.cell].is_none() && rule.cost.tokens > 0;
+        let creates =
+            |rule: &&Rule<'_>| cells[rule.cell].is_none() && may_create(rule.policy, rule.cost);
         let new = rules.iter().filter(creates).count();
         if new > 0 && room.is_none() && self.live() + new > self.capacity {
             return Err(StorageError::Full(self.live()));
@@ -182,6 +192,7 @@ impl Storage for Embedded {
         self.check_alive()?;
         let id = settlement.cell;
         let mut shard = self.shards[shard_of(id)].lock();
+        let now = now.max(shard.swept);
         let mut cell =
             shard.cells.find(table_hash(id), |entry| entry.id == id).map(|entry| entry.cell);
         let settled = fusebox_core::settle(
@@ -202,7 +213,7 @@ impl Storage for Embedded {
         let creates = |ask: &&CellAsk<'_>| {
             let shard = self.shards[shard_of(ask.cell)].lock();
             let live = shard.cells.find(table_hash(ask.cell), |entry| entry.id == ask.cell);
-            ask.cost.tokens > 0 && live.is_none()
+            may_create(ask.policy, ask.cost) && live.is_none()
         };
         let cells = charge.asks.iter().filter(creates).count();
         Reservation::of(&self.live, cells, self.capacity).ok_or(StorageError::Full(self.live()))
@@ -211,7 +222,7 @@ impl Storage for Embedded {
     fn tend(&self, catalogue: &Catalogue, now: Time) {
         let next = self.tended.fetch_add(1, Ordering::Relaxed) % limits::CELL_SHARDS;
         let mut shard = self.shards[next].lock();
-        let Shard { cells, changed } = &mut *shard;
+        let Shard { cells, changed, swept } = &mut *shard;
         let before = cells.len();
         cells.retain(|entry| {
             let policy = catalogue.numbered(entry.number);
@@ -222,7 +233,11 @@ impl Storage for Embedded {
             }
             keep
         });
-        self.live.fetch_sub(before - cells.len(), Ordering::Relaxed);
+        let left = before - cells.len();
+        if left > 0 {
+            *swept = now.max(*swept);
+        }
+        self.live.fetch_sub(left, Ordering::Relaxed);
     }
 
     fn live(&self) -> usize {
@@ -251,6 +266,11 @@ impl<'a> Locked<'a> {
         Self { storage, shards }
     }
 
+    /// `now`, or the latest sweep of these shards.
+    fn not_before_a_sweep(&self, now: Time) -> Time {
+        self.shards.iter().fold(now, |now, (_, shard)| now.max(shard.swept))
+    }
+
     fn read(&self, id: CellId) -> Option<Cell> {
         let (_, shard) = self.shards.iter().find(|(index, _)| *index == shard_of(id))?;
         shard.cells.find(table_hash(id), |entry| entry.id == id).map(|entry| entry.cell)
@@ -262,6 +282,11 @@ impl<'a> Locked<'a> {
             self.storage.write(shard, id, cell, room);
         }
     }
+}
+
+/// A peek creates nothing, and neither does what can never be granted.
+fn may_create(policy: &Policy, cost: Cost) -> bool {
+    (1..=policy.limit.capacity()).contains(&cost.tokens)
 }
 
 /// The id is a hash already: one half chooses the shard, the other the place in its table.
@@ -277,7 +302,7 @@ fn table_hash(id: CellId) -> u64 {
 mod tests {
     use std::time::Duration;
 
-    use fusebox_core::{Charging, Cost, Limit, Policy, TokenBucket};
+    use fusebox_core::{Charging, Limit, TokenBucket};
 
     use super::*;
 
@@ -345,5 +370,32 @@ mod tests {
             "the writer deletes it: {changes:?}"
         );
         assert!(cells.apply(&charge(&policy, &[2], 1), None, NOW).is_ok());
+    }
+
+    #[test]
+    fn a_caller_that_is_late_does_not_find_a_swept_cell_full_before_it_was() {
+        let (policy, cells) = (policy(), Embedded::new(false, 10));
+        let at = |millis: u64| Time::from_nanos(millis * 1_000_000);
+        let apply = |tokens, now| {
+            let answer = cells.apply(&charge(&policy, &[1], tokens), None, now).unwrap();
+            let Answer::Now(decision) = answer else { panic!("memory answers at once") };
+            decision.allowed
+        };
+        assert!(apply(10, at(0)));
+        // At 900 ms there were 9; the cell leaves at 1,000 ms, when there are 10.
+        for _ in 0..cells.shards() {
+            cells.tend(&Catalogue::default(), at(1_000));
+        }
+        assert!(apply(10, at(900)));
+        assert!(!apply(1, at(1_000)), "those 10 were of 1,000 ms");
+    }
+
+    #[test]
+    fn a_policy_that_denies_all_needs_no_room() {
+        let (policy, cells) = (policy(), Embedded::new(false, 1));
+        assert!(cells.apply(&charge(&policy, &[1], 1), None, NOW).is_ok());
+        let nothing = TokenBucket::new(0, Duration::from_secs(1), 0).unwrap();
+        let closed = Policy::new(Limit::TokenBucket(nothing), 0);
+        assert!(cells.apply(&charge(&closed, &[2], 1), None, NOW).is_ok(), "it is an answer");
     }
 }

@@ -95,6 +95,8 @@ fn recover_from(
     directory.boot = wall_seconds.max(directory.boot.saturating_add(1));
 
     let stored = stored_policies(&*journal)?;
+    let highest = stored.values().map(|known| known.number.0).max();
+    directory.next_policy = directory.next_policy.max(highest.map_or(0, |number| number + 1));
     let policies = merge(stored, namespaces, &mut directory.next_policy, clock.now());
     let mut batch = Batch::default();
     batch.put(Keyspace::Meta, DIRECTORY, directory.encode_to_vec());
@@ -197,12 +199,20 @@ fn revive(
         };
         let settings = &policy.settings;
         let state = settings.limit.revive(settings.current(cell), now);
-        // Also of one that is full: its record is still there.
+        // Also of one that leaves: its record is still there.
         in_use.insert(policy.number);
-        if settings.limit.full_at(state).is_some_and(|full_at| full_at <= now) {
+        let leaves = match settings.limit.full_at(state) {
+            Some(full_at) => full_at <= now,
+            // It never fills: that is for the policy to say, as long as there is one.
+            None => !catalogue.names(policy),
+        };
+        if leaves {
             cells.forget(id);
         } else {
-            cells.restore(id, policy.number, Cell { revision: settings.revision, state });
+            // Converted for good: at the next start the change that it slept through may be forgotten.
+            let converted = cell.revision != settings.revision;
+            let cell = Cell { revision: settings.revision, state };
+            cells.restore(id, policy.number, cell, converted);
         }
         Ok(())
     })?;

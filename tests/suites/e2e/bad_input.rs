@@ -7,6 +7,7 @@ use fusebox_proto::v1::{
 use fusebox_tests::Server;
 use http::uri::PathAndQuery;
 use tonic::{Code, Request, Status, client::Grpc};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_prost::ProstCodec;
 use tonic_types::StatusExt;
 
@@ -188,6 +189,9 @@ async fn a_message_that_is_too_large_is_the_servers_limit() {
     let refused = server.raw().await.acquire(large).await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     assert_eq!(refused.message(), "the message is too large: at most 1048576 bytes");
+    let request = HealthCheckRequest { service: "s".repeat(1024 * 1024) };
+    let refused = HealthClient::new(server.channel().await).check(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     server.stop().await.unwrap();
 }
 

@@ -212,14 +212,17 @@ async fn a_time_limit_that_is_over_is_a_deadline() {
     let (mut calls, connection) =
         hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await.unwrap();
     let connection = tokio::spawn(connection);
-    let request = http::Request::post("/fusebox.v1.Resilience/Acquire")
-        .header("content-type", "application/grpc")
-        .header("grpc-timeout", "10m")
-        .body(Never)
-        .unwrap();
-    let response = calls.send_request(request).await.unwrap();
-    assert_eq!(response.headers()["grpc-status"], "4", "DEADLINE_EXCEEDED");
-    drop((calls, response));
+    // Of a stream, too: it has not begun before its request is there.
+    for method in ["fusebox.v1.Resilience/Acquire", "grpc.health.v1.Health/Watch"] {
+        let request = http::Request::post(format!("/{method}"))
+            .header("content-type", "application/grpc")
+            .header("grpc-timeout", "10m")
+            .body(Never)
+            .unwrap();
+        let response = calls.send_request(request).await.unwrap();
+        assert_eq!(response.headers()["grpc-status"], "4", "DEADLINE_EXCEEDED of {method}");
+    }
+    drop(calls);
     connection.await.unwrap().unwrap();
     server.stop().await.unwrap();
 }

@@ -137,6 +137,44 @@ async fn full_cells_leave_the_disk() {
 }
 
 #[tokio::test]
+async fn an_idle_key_loses_nothing_by_many_changes() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let start = async |burst: u32| {
+        let policy = format!("{{token_bucket: {{limit: 100, per: 100s, burst: {burst}}}}}");
+        let config = format!("namespaces: {{test: {{policies: {{slow: {policy}}}}}}}");
+        Server::start_on(journal.open(), Arc::clone(&clock), &config).await
+    };
+    let server = start(100).await;
+    let client = server.client("test").await;
+    assert!(client.acquire([Ask::new("slow", "a").cost(100)]).await.unwrap().allowed);
+    server.stop().await.unwrap();
+    // One token a second, and one more of burst at each of more changes than a policy remembers.
+    for change in 1..=12 {
+        clock.advance(Duration::from_secs(2));
+        let server = start(100 + change).await;
+        assert_eq!(remaining(&server, "slow", "a").await, u64::from(3 * change));
+        server.stop().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_cell_that_never_fills_leaves_with_its_policy() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let client = server.client("test").await;
+    assert!(client.acquire([Ask::new("three", "a").cost(3)]).await.unwrap().allowed);
+    server.stop().await.unwrap();
+
+    let closed = "namespaces: {test: {policies: {three: {token_bucket: {limit: 0, per: 1m}}}}}";
+    for (config, cells) in [(closed, 1), (closed, 1), ("namespaces: {}", 0)] {
+        let server = Server::start_on(journal.open(), Arc::clone(&clock), config).await;
+        server.stop().await.unwrap();
+        assert_eq!(journal.records(Keyspace::Cells), cells, "{config}");
+        clock.advance(Duration::from_secs(3_600));
+    }
+}
+
+#[tokio::test]
 async fn a_policy_that_is_neither_configured_nor_in_use_is_forgotten() {
     let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
     let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;

@@ -156,7 +156,7 @@ impl Engine for Memory {
     }
 
     fn restart(&mut self) {
-        panic!("memory does not survive a restart: such scripts are not in specs/cells");
+        panic!("memory does not survive a restart: such scripts are in specs/restart");
     }
 
     fn cells(&mut self) -> usize {
