@@ -82,10 +82,7 @@ pub fn apply(rules: &Rules<'_>, charging: Charging, cells: &mut Cells, now: Time
         let plan = rule.policy.limit.plan(state, rule.cost, now);
         let allows = plan.admission == Admission::Allow;
         allowed &= allows;
-        let charge = match charging {
-            Charging::AllOrNothing | Charging::EachAlone => allows,
-            Charging::Always => true,
-        } && rule.cost.tokens > 0;
+        let charge = allows || charging == Charging::Always;
         if charge {
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
         }

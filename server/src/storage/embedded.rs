@@ -337,6 +337,20 @@ mod tests {
     }
 
     #[test]
+    fn more_than_there_is_room_for_may_be_recovered_and_is_served() {
+        let (policy, cells) = (policy(), Embedded::new(false, 1));
+        let state = fusebox_core::token_bucket::State { spent: 5, remainder: 0, out: 0, at: NOW };
+        let cell = Cell { revision: 1, state: fusebox_core::State::TokenBucket(state) };
+        for id in [1, 2] {
+            cells.restore(CellId([id << 32, id]), PolicyNumber(0), cell, false);
+        }
+        let apply = |id| cells.apply(&charge(&policy, &[id], 5), None, NOW);
+        assert!(apply(1).is_ok() && apply(2).is_ok());
+        assert!(cells.reserve(&charge(&policy, &[1, 2], 1)).is_ok());
+        assert!(matches!(apply(3), Err(StorageError::Full(2))));
+    }
+
+    #[test]
     fn room_is_reserved_for_what_is_new_and_no_more_than_that() {
         let (policy, cells) = (policy(), Embedded::new(false, 2));
         let live = charge(&policy, &[1], 1);

@@ -78,9 +78,22 @@ async fn a_grant_of_an_earlier_life_gives_nothing_back() {
 
     let server = Server::start_on(journal.open(), clock, CONFIG).await;
     let client = server.client("test").await;
-    let reported = client.report([Outcome::cost(grant, 0)]).await.unwrap();
+    let reported = client.report([Outcome::cost(&grant, 0)]).await.unwrap();
     assert_eq!(reported, [Reported::UnknownGrant]);
     assert_eq!(remaining(&server, "tokens", "a").await, 40);
+
+    // Not even if this life draws the same secret: these draws are counted, and begin anew.
+    let (_, secret) = grant.split_once('-').unwrap();
+    let again = loop {
+        let ask = Ask::new("tokens", "b").cost(1).estimated();
+        let again = client.acquire([ask]).await.unwrap().grant_id.unwrap();
+        if again.ends_with(secret) {
+            break again;
+        }
+    };
+    let outcomes = [Outcome::cost(grant, 0), Outcome::cost(again, 0)];
+    let reported = client.report(outcomes).await.unwrap();
+    assert_eq!(reported, [Reported::UnknownGrant, Reported::Applied]);
     server.stop().await.unwrap();
 }
 

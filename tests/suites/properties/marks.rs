@@ -95,6 +95,25 @@ proptest! {
         prop_assert!(revived.spent <= mark.spent);
     }
 
+    /// What was spent is carried over to the part, rounded up.
+    #[test]
+    fn a_change_of_period_rounds_what_was_spent_up(
+        older in buckets(),
+        newer in buckets(),
+        spent in 0..1_000_000_000_000_u64,
+        part in any::<prop::sample::Index>(),
+    ) {
+        let remainder = part.index(usize::try_from(older.per_nanos()).unwrap()) as u64;
+        let state = fusebox_core::token_bucket::State { spent, remainder, out: 0, at: Time::ZERO };
+        let rebased = newer.rebase(state, Some(&older), Time::ZERO);
+        // The begun token as a fraction, remainder / per, multiplied out.
+        let (old_per, per) = (u128::from(older.per_nanos()), u128::from(newer.per_nanos()));
+        let parts = u128::from(rebased.spent - spent) * per + u128::from(rebased.remainder);
+        let (was, is) = (u128::from(remainder) * per, parts * old_per);
+        prop_assert!(is >= was, "some of it was forgotten");
+        prop_assert!(is < was + old_per, "more than a part was added");
+    }
+
     /// Through any chain of changes, known or forgotten, a cell never holds more than the same tokens
     /// would leave under the most generous of the settings all along.
     #[test]
