@@ -183,7 +183,7 @@ async fn tend_until(
             () = shutdown.cancelled() => return,
             () = &mut failed => break,
             _ = rounds.tick() => {
-                // A storage that failed tells the writer, which tells us.
+                // It fails only where the writer has failed, and the writer tells us itself.
                 let _ = app.tend().await;
             }
         }

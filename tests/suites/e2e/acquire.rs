@@ -50,7 +50,7 @@ async fn one_denial_charges_nothing_anywhere() {
     server.stop().await.unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn no_more_are_admitted_than_there_are_tokens_however_many_ask() {
     let server = Server::start(CONFIG).await;
     let mut callers = tokio::task::JoinSet::new();
@@ -68,6 +68,23 @@ async fn no_more_are_admitted_than_there_are_tokens_however_many_ask() {
     assert_eq!(admitted, 100);
     assert_eq!(remaining(&server, "hundred", "a").await, 0);
     assert_eq!(remaining(&server, "hundred", "b").await, 0);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sixty_four_callers_at_once_charge_nothing_where_one_ask_is_denied() {
+    let server = Server::start(CONFIG).await;
+    let mut callers = tokio::task::JoinSet::new();
+    for _ in 0..64 {
+        let client = server.client("test").await;
+        callers.spawn(async move {
+            let asks = [Ask::new("hundred", "a"), Ask::new("three", "a")];
+            client.acquire(asks).await.unwrap().allowed
+        });
+    }
+    let admitted = callers.join_all().await.into_iter().filter(|allowed| *allowed).count();
+    assert_eq!(admitted, 3);
+    assert_eq!(remaining(&server, "hundred", "a").await, 97);
     server.stop().await.unwrap();
 }
 

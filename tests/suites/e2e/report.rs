@@ -119,7 +119,7 @@ async fn an_estimate_that_nobody_reports_stands_when_its_life_is_over() {
 
 /// A known gateway let 663 through. What is admitted in all is the limit and what was estimated too low,
 /// and of that nothing is lost: it is owed.
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_callers_who_estimate_admit_no_more_than_there_is() {
     let server = Server::start(CONFIG).await;
     let mut callers = tokio::task::JoinSet::new();
