@@ -1,11 +1,21 @@
 //! Asks a server once, and prints what it says: `acquire POLICY KEY COST [ADDRESS [NAMESPACE]]`.
 
-use std::env;
+use std::{env, error::Error, process::ExitCode};
 
 use fusebox_client::{Ask, Client};
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
+async fn main() -> ExitCode {
+    match ask().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn ask() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let [policy, key, cost, rest @ ..] = arguments.as_slice() else {
         return Err("usage: acquire POLICY KEY COST [ADDRESS [NAMESPACE]]".into());

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand, builder::FalseyValueParser};
+use clap::{Args, Parser, Subcommand, builder::BoolishValueParser};
 
 use crate::config::{Config, ConfigError};
 
@@ -49,7 +49,7 @@ pub struct Serve {
     #[arg(long, value_name = "DIRECTORY", env = "FUSEBOX_DATA")]
     data: Option<PathBuf>,
     /// Allow addresses that others can reach, although there is no TLS or authentication yet
-    #[arg(long, env = "FUSEBOX_INSECURE", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "FUSEBOX_INSECURE", value_parser = BoolishValueParser::new())]
     insecure: bool,
     /// What to log, as `level` or `target=level,…`
     #[arg(long, value_name = "FILTER", env = "FUSEBOX_LOG", default_value = "info")]

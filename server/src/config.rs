@@ -332,7 +332,15 @@ fn what_is_wrong(error: &serde_saphyr::Error) -> String {
         serde_saphyr::Error::InvalidScalar { ty: "u64", .. } => {
             "not a whole number of 0 or more".to_owned()
         }
-        error => DefaultMessageFormatter.format_message(error).into_owned(),
+        error => {
+            let words = DefaultMessageFormatter.format_message(error);
+            // Advice for those who write parsers, not configurations.
+            let words = words.split(", set DuplicateKeyPolicy").next().unwrap_or_default();
+            words.replace(
+                "invalid socket address syntax",
+                "not an IP address and a port, such as 127.0.0.1:3873",
+            )
+        }
     }
 }
 
@@ -387,17 +395,36 @@ mod duration {
     use super::{Deserialize, Deserializer, Duration, Serializer};
     use serde::de::Error as _;
 
+    const UNITS: [&str; 8] = ["ns", "us", "ms", "s", "m", "h", "d", "w"];
+
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
         let text = String::deserialize(d)?;
-        humantime::parse_duration(&text).map_err(|error| {
+        // Months and years have no one length, and a slip of the key makes a minute (m) a month (M).
+        let known = |unit: &str| UNITS.contains(&unit) || unit.is_empty();
+        let units = text.split(|c: char| c.is_ascii_digit() || c.is_whitespace());
+        let parsed = humantime::parse_duration(&text).ok().filter(|_| units.clone().all(known));
+        parsed.ok_or_else(|| {
+            let units = UNITS.join(", ");
             D::Error::custom(format!(
-                "`{text}` is not a duration such as 250ms, 10s or 1h: {error}"
+                "`{text}` is not a duration such as 250ms, 10s or 1h 30m; units are {units}"
             ))
         })
     }
 
+    /// In the units that are read: humantime itself writes months and years.
+    fn shown(duration: Duration) -> String {
+        const DAY: u64 = 24 * 60 * 60;
+        let (days, seconds) = (duration.as_secs() / DAY, duration.as_secs() % DAY);
+        let rest = Duration::new(seconds, duration.subsec_nanos());
+        match (days, rest.is_zero()) {
+            (0, _) => humantime::format_duration(rest).to_string(),
+            (days, true) => format!("{days}d"),
+            (days, false) => format!("{days}d {}", humantime::format_duration(rest)),
+        }
+    }
+
     pub(super) fn serialize<S: Serializer>(duration: &Duration, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(&humantime::format_duration(*duration))
+        s.collect_str(&shown(*duration))
     }
 }
 
@@ -444,11 +471,20 @@ mod tests {
     }
 
     #[test]
+    fn durations_are_written_in_the_units_that_are_read() {
+        for per in ["1ns", "1us", "90s", "36h", "31d", "366d", "1d 1ns", "2w"] {
+            let text = policies(&format!("{{token_bucket: {{limit: 1, per: {per}}}}}"));
+            let config = Config::parse("a.yaml", &text).unwrap();
+            assert_eq!(Config::parse("b.yaml", &config.to_string()).unwrap(), config, "{per}");
+        }
+    }
+
+    #[test]
     fn a_mistake_is_told_by_file_line_and_field() {
         let api = |text| policies(text);
         let long = format!("{{ns{}: {{}}}}", "x".repeat(62));
         for (text, place, field, words) in [
-            ("listen: here".into(), "1:9", "listen", "socket address"),
+            ("listen: here".into(), "1:9", "listen", "an IP address and a port"),
             ("lisen: 127.0.0.1:1".into(), "1:1", "lisen", "unknown field `lisen`"),
             ("drain_timeout: 11m".into(), "1:16", "drain_timeout", "at most 10m"),
             ("storage: {engine: redis}".into(), "1:19", "storage.engine", "redis"),
@@ -461,6 +497,7 @@ mod tests {
             (api("{token_bucket: {limit: 1}}"), "4:", "api.token_bucket", "missing field `per`"),
             (api("{token_bucket: {limit: -1, per: 1s}}"), "4:35", "limit", "not a whole number"),
             (api("{token_bucket: {limit: 1, per: 1x}}"), "4:43", "per", "`1x` is not a duration"),
+            (api("{token_bucket: {limit: 1, per: 1M}}"), "4:43", "per", "`1M` is not a duration"),
             (api("{token_bucket: {limit: 1, per: 400d}}"), "4:", "api", "`per` is"),
             (api("{token_bucket: {limit: 1, per: 1s, burst: 0}}"), "4:", "api", "`burst` is 0"),
             (api("{token_bucket: {limit: 0, per: 1s, burst: 1}}"), "4:", "api", "denies all"),

@@ -35,6 +35,8 @@ const FAILURE: u8 = 1;
 /// As shells say it of a program that SIGINT ended.
 const INTERRUPTED: i32 = 130;
 
+const NOTHING_SERVED: &str = "the configuration has no namespaces: every Acquire will be NOT_FOUND";
+
 fn main() -> ExitCode {
     match Cli::parse().command() {
         Command::Check { file } => check(&file),
@@ -45,6 +47,12 @@ fn main() -> ExitCode {
 fn check(file: &Path) -> ExitCode {
     match Config::read(file) {
         Ok(config) => {
+            if let Err(note) = config.check_exposure(false) {
+                note_to_people(&note.to_string());
+            }
+            if config.namespaces.is_empty() {
+                note_to_people(NOTHING_SERVED);
+            }
             print(&config.to_string());
             ExitCode::SUCCESS
         }
@@ -78,7 +86,7 @@ async fn serve(options: &Serve, config: Config) -> Result<(), ExitCode> {
         tracing::warn!("--insecure: whoever reaches these addresses can spend every quota");
     }
     if config.namespaces.is_empty() {
-        tracing::warn!("the configuration has no namespaces: every Acquire will be NOT_FOUND");
+        tracing::warn!(NOTHING_SERVED);
     }
     print(
         &welcome(&listeners, options.is_demo())
@@ -112,10 +120,12 @@ async fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, ExitCod
     })
 }
 
-/// SIGTERM, as orchestrators send it, or SIGINT, as people do; a second one does not wait for the drain.
+/// SIGTERM, as orchestrators send it, SIGINT, as people do, or SIGHUP, as a terminal does that is closed; a
+/// second one does not wait for the drain.
 fn shutdown_on_signal() -> io::Result<CancellationToken> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
     let shutdown = CancellationToken::new();
     let told = shutdown.clone();
     tokio::spawn(async move {
@@ -123,6 +133,7 @@ fn shutdown_on_signal() -> io::Result<CancellationToken> {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
+                _ = hang_up.recv() => {}
             }
             if patience {
                 told.cancel();
@@ -178,6 +189,10 @@ Serving the namespace `demo`. Try, in another terminal:
 /// A reader that went away is not our failure.
 fn print(text: &str) {
     let _ = io::stdout().write_all(text.as_bytes());
+}
+
+fn note_to_people(note: &str) {
+    let _ = writeln!(io::stderr(), "note: {note}");
 }
 
 fn fail(code: u8, message: &str) -> ExitCode {

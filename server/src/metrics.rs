@@ -121,7 +121,7 @@ fn observe(
     meter
         .u64_observable_counter("fusebox_decisions")
         .with_description(
-            "Asks by what became of them; `reason` is the ask's own, peeks are not counted",
+            "Asks by what became of their Acquire. `reason` is the ask's own: empty on a deny, it was another ask's. Peeks are not counted",
         )
         .with_callback(move |observer| {
             let Some(app) = state.app() else { return };
@@ -178,7 +178,7 @@ fn observe(
     let state = Arc::clone(lifecycle);
     meter
         .u64_observable_gauge("fusebox_live_cells")
-        .with_description("Keys that are not full, and so are remembered")
+        .with_description("Keys whose bucket is not full, and so is remembered")
         .with_callback(move |observer| {
             if let Some(app) = state.app() {
                 observer.observe(app.live_cells() as u64, &[]);

@@ -171,6 +171,29 @@ fn two_servers_do_not_share_a_data_directory() {
 }
 
 #[test]
+fn a_data_directory_that_lost_its_state_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Running::start(fusebox().arg("--data").arg(directory.path()));
+    assert_eq!(server.stop("-HUP").0, 0);
+    fs::remove_file(directory.path().join("db")).unwrap();
+    let ports = ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"];
+    let (code, _, error) = ended(fusebox().args(ports).arg("--data").arg(directory.path()));
+    assert_eq!(code, 1);
+    assert!(error.contains("no state, but was used before"), "{error}");
+    assert!(error.contains("--data"), "it says what to do: {error}");
+}
+
+#[test]
+fn a_data_directory_that_is_a_file_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = write(directory.path(), "");
+    let ports = ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"];
+    let (code, _, error) = ended(fusebox().args(ports).args(["--data", &file]));
+    assert_eq!(code, 1);
+    assert!(error.contains("it must be a directory that this user can write"), "{error}");
+}
+
+#[test]
 fn a_flag_counts_more_than_the_environment_and_that_more_than_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);

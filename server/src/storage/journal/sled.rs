@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use super::{Batch, Journal, JournalError, Keyspace, Visit};
@@ -14,7 +14,16 @@ pub struct Sled {
     /// sled's flush hands its data to the kernel but never asks the disk to keep it; syncing this does. Open
     /// for good, so that a sync needs no file descriptor that may be had no more.
     log: File,
+    /// Says that the directory holds state; made once it does.
+    marker: PathBuf,
+    marked: bool,
 }
+
+/// Beside sled's own files: without it, one that lost its state would look like a new directory.
+const MARKER: &str = "fusebox-data-is-here";
+
+const NEEDED: &str =
+    "; it must be a directory that this user can write, or use another with --data";
 
 impl Sled {
     /// Opens the database in a directory, and makes it if there is none.
@@ -25,7 +34,7 @@ impl Sled {
         let shown = directory.display();
         fs::create_dir_all(directory).map_err(|error| JournalError::Io {
             action: "create",
-            cause: format!("{shown}: {error}"),
+            cause: format!("{shown}: {error}{NEEDED}"),
         })?;
         let db = sled::Config::new()
             .path(directory)
@@ -35,10 +44,16 @@ impl Sled {
                 sled::Error::Io(error) if error.to_string().contains("could not acquire lock") => {
                     JournalError::InUse(shown.to_string())
                 }
-                error => JournalError::Io { action: "open", cause: format!("{shown}: {error}") },
+                error => {
+                    JournalError::Io { action: "open", cause: format!("{shown}: {error}{NEEDED}") }
+                }
             })?;
+        let marker = directory.join(MARKER);
+        if marker.exists() && db.is_empty() {
+            return Err(JournalError::Corrupt(format!("no state, but was used before: {shown}")));
+        }
         let log = File::open(directory.join("db")).map_err(failed("open"))?;
-        Ok(Self { db, log })
+        Ok(Self { db, log, marked: marker.exists(), marker })
     }
 }
 
@@ -74,7 +89,12 @@ impl Journal for Sled {
 
     fn sync(&mut self) -> Result<(), JournalError> {
         self.db.flush().map_err(failed("sync"))?;
-        self.log.sync_data().map_err(failed("sync"))
+        self.log.sync_data().map_err(failed("sync"))?;
+        if !self.marked {
+            File::create(&self.marker).and_then(|file| file.sync_all()).map_err(failed("mark"))?;
+            self.marked = true;
+        }
+        Ok(())
     }
 }
 
