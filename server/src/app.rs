@@ -295,10 +295,10 @@ impl App {
         Ok(())
     }
 
-    /// Room for the grant that an Acquire may open: one or none.
-    fn reserve_grant(&self, resolved: &Resolved<'_>) -> Result<Reservation, AcquireError> {
-        let amount = usize::from(resolved.estimate().is_some());
-        self.grants.reserve(amount).ok_or(AcquireError::GrantsFull)
+    /// Room for the grant that an Acquire may open, if it may.
+    fn reserve_grant(&self, resolved: &Resolved<'_>) -> Result<Option<Reservation>, AcquireError> {
+        let reserve = |_| self.grants.reserve(1).ok_or(AcquireError::GrantsFull);
+        resolved.estimate.map(reserve).transpose()
     }
 
     /// Charges, and concludes now or once the charge is durable.
@@ -307,13 +307,12 @@ impl App {
         caller: Caller,
         resolved: &Resolved<'_>,
         cells: Option<Reservation>,
-        mut grant: Reservation,
+        grant: Option<Reservation>,
     ) -> Result<Answer<Acquired>, StorageError> {
-        let estimate = resolved.estimate();
+        let owed = resolved.estimate.zip(grant);
         match self.storage.apply(&resolved.charge, cells, caller.now)? {
             Answer::Now(decision) => {
-                let policies = &resolved.policies;
-                Ok(Answer::Now(self.conclude(caller, decision, policies, estimate, &mut grant)))
+                Ok(Answer::Now(self.conclude(caller, decision, &resolved.policies, owed)))
             }
             Answer::Later(decision) => {
                 // In a task of its own: when the caller goes away meanwhile, the grant must still be
@@ -325,11 +324,8 @@ impl App {
                 tokio::spawn(async move {
                     let decided = decision.await.unwrap_or_else(|_| Err(StorageError::gone()));
                     let policies: ArrayVec<&Arc<Policy>, MAX_RULES> = policies.iter().collect();
-                    let acquired = decided.map(|decision| {
-                        app.conclude(caller, decision, &policies, estimate, &mut grant)
-                    });
-                    // Before the answer, so that who has it sees its room given back.
-                    drop(grant);
+                    let acquired =
+                        decided.map(|decision| app.conclude(caller, decision, &policies, owed));
                     let _ = answer.send(acquired);
                 });
                 Ok(Answer::Later(later))
@@ -337,31 +333,30 @@ impl App {
         }
     }
 
-    /// Counts a decision, and opens the grant that it owes.
+    /// Counts a decision, and opens the grant that it owes in the room that is there for it.
     fn conclude(
         &self,
         caller: Caller,
         decision: Decision,
         policies: &[&Arc<Policy>],
-        estimate: Option<Estimate>,
-        room: &mut Reservation,
+        owed: Option<(Estimate, Reservation)>,
     ) -> Acquired {
         for (policy, verdict) in policies.iter().zip(&decision.verdicts) {
             if verdict.cost > 0 {
                 policy.decisions.count(&decision, verdict.admission);
             }
         }
-        let grant =
-            estimate.filter(|_| decision.allowed).and_then(|Estimate { ask, cell, amount }| {
-                let grant = Grant {
-                    principal: caller.principal,
-                    policy: Arc::clone(policies[ask]),
-                    cell,
-                    amount,
-                    expires_at: caller.now.after(limits::ESTIMATE_LIFE),
-                };
-                Some((ask, self.grants.open_grant(grant, room, &*self.entropy)?))
-            });
+        let open = |(Estimate { ask, cell, amount }, mut room)| {
+            let grant = Grant {
+                principal: caller.principal,
+                policy: Arc::clone(policies[ask]),
+                cell,
+                amount,
+                expires_at: caller.now.after(limits::ESTIMATE_LIFE),
+            };
+            Some((ask, self.grants.open_grant(grant, &mut room, &*self.entropy)?))
+        };
+        let grant = owed.filter(|_| decision.allowed).and_then(open);
         Acquired { decision, grant }
     }
 
@@ -398,6 +393,7 @@ impl App {
 struct Resolved<'a> {
     policies: ArrayVec<&'a Arc<Policy>, MAX_RULES>,
     charge: Charge<'a>,
+    estimate: Option<Estimate>,
 }
 
 /// The ask that opens a grant.
@@ -438,14 +434,12 @@ impl<'a> Resolved<'a> {
                 cost: *cost,
             });
         }
+        let estimated = |(ask, CellAsk { cell, cost, .. }): (usize, &CellAsk<'_>)| {
+            cost.estimated.then_some(Estimate { ask, cell: *cell, amount: cost.tokens })
+        };
+        let estimate = asks.iter().enumerate().find_map(estimated);
         let charge = Charge { charging: Charging::AllOrNothing, asks };
-        Ok(Self { policies, charge })
-    }
-
-    fn estimate(&self) -> Option<Estimate> {
-        let ask = self.charge.asks.iter().position(|ask| ask.cost.estimated)?;
-        let CellAsk { cell, cost, .. } = self.charge.asks[ask];
-        Some(Estimate { ask, cell, amount: cost.tokens })
+        Ok(Self { policies, charge, estimate })
     }
 }
 

@@ -22,9 +22,9 @@ pub struct Cli {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Serve, until SIGTERM or SIGINT
+    /// Serve, until SIGTERM, SIGINT or SIGHUP
     Serve(Serve),
-    /// Check a configuration and print what is in effect
+    /// Check a configuration and print it with its defaults filled in
     ///
     /// Exits with 0, or with 2 if the file is not a configuration; the message names line and field.
     Check {

@@ -49,11 +49,12 @@ impl Sled {
                 }
             })?;
         let marker = directory.join(MARKER);
-        if marker.exists() && db.is_empty() {
+        let marked = marker.exists();
+        if marked && db.is_empty() {
             return Err(JournalError::Corrupt(format!("no state, but was used before: {shown}")));
         }
         let log = File::open(directory.join("db")).map_err(failed("open"))?;
-        Ok(Self { db, log, marked: marker.exists(), marker })
+        Ok(Self { db, log, marker, marked })
     }
 }
 
