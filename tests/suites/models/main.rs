@@ -1,0 +1,5 @@
+//! Models: small worlds in which every order of events is tried. They came before the code that they are
+//! about, and stay.
+
+mod marks;
+mod search;
