@@ -8,7 +8,6 @@ use arc_swap::ArcSwap;
 use arrayvec::ArrayVec;
 use fusebox_core::{Charging, Cost, Decision, Kind, MAX_RULES, Time};
 use thiserror::Error;
-use tokio::sync::oneshot;
 
 use self::grants::{Grant, Taken};
 pub use self::grants::{GrantId, Grants};
@@ -19,7 +18,7 @@ use crate::{
     entropy::Entropy,
     limits,
     reservation::Reservation,
-    storage::{Answer, CellAsk, Charge, Settlement, Storage, StorageError},
+    storage::{Answer, CellAsk, Charge, OpenGrant, Room, Settlement, Storage, StorageError},
 };
 
 /// Who calls. There is no authentication yet, so everybody is the same.
@@ -155,18 +154,26 @@ pub struct App {
 }
 
 impl App {
-    /// An app of this start, `boot`.
+    /// An app of this start, `boot`, which goes on with the grants that a clean stop left open.
     pub fn new(
         catalogue: Catalogue,
         storage: Arc<dyn Storage>,
         clock: ServerClock,
         entropy: Arc<dyn Entropy>,
         boot: u64,
+        open: Vec<OpenGrant>,
     ) -> Self {
+        let grants = Grants::new(boot, limits::OPEN_GRANTS);
+        for grant in open {
+            // Only of policies that are there: recovery sees to that.
+            if let Some(policy) = catalogue.numbered(grant.number) {
+                grants.restore(&grant, Arc::clone(policy));
+            }
+        }
         Self {
             catalogue: ArcSwap::from_pointee(catalogue),
             storage,
-            grants: Grants::new(boot, limits::OPEN_GRANTS),
+            grants,
             clock,
             entropy,
             reports: Reports::default(),
@@ -203,7 +210,7 @@ impl App {
     /// # Errors
     /// If nothing could be decided.
     pub fn acquire(
-        self: &Arc<Self>,
+        &self,
         caller: Caller,
         acquire: &Acquire<'_>,
     ) -> Result<Answer<Acquired>, AcquireError> {
@@ -218,7 +225,7 @@ impl App {
     /// # Errors
     /// If one of them could not be decided; then nothing was charged, unless the storage failed.
     pub fn acquire_batch(
-        self: &Arc<Self>,
+        &self,
         caller: Caller,
         entries: &[Acquire<'_>],
     ) -> Result<Vec<Answer<Acquired>>, BatchError> {
@@ -231,15 +238,15 @@ impl App {
 
         // All the room that any entry may need, so that none fails after another was charged.
         let rooms = resolved.iter().map(|entry| {
-            let cells = self.storage.reserve(&entry.charge)?;
-            Ok((cells, self.reserve_grant(entry)?))
+            let room = self.storage.reserve(&entry.charge)?;
+            Ok((room, self.reserve_grant(entry)?))
         });
         let rooms = rooms.collect::<Result<Vec<_>, AcquireError>>();
         let rooms = rooms.map_err(|error| BatchError { entry: None, error })?;
 
         let answers =
-            (0..).zip(resolved.iter().zip(rooms)).map(|(index, (entry, (cells, grant)))| {
-                let answer = self.decide(caller, entry, Some(cells), grant);
+            (0..).zip(resolved.iter().zip(rooms)).map(|(index, (entry, (room, grant)))| {
+                let answer = self.decide(caller, entry, Some(room), grant);
                 answer.map_err(|error| in_entry(index, error.into()))
             });
         answers.collect()
@@ -301,36 +308,19 @@ impl App {
         resolved.estimate.map(reserve).transpose()
     }
 
-    /// Charges, and concludes now or once the charge is durable.
+    /// Charges and concludes; when it may be told is in the answer.
     fn decide(
-        self: &Arc<Self>,
+        &self,
         caller: Caller,
         resolved: &Resolved<'_>,
-        cells: Option<Reservation>,
+        room: Option<Room>,
         grant: Option<Reservation>,
     ) -> Result<Answer<Acquired>, StorageError> {
         let owed = resolved.estimate.zip(grant);
-        match self.storage.apply(&resolved.charge, cells, caller.now)? {
-            Answer::Now(decision) => {
-                Ok(Answer::Now(self.conclude(caller, decision, &resolved.policies, owed)))
-            }
-            Answer::Later(decision) => {
-                // In a task of its own: when the caller goes away meanwhile, the grant must still be
-                // opened, or what it may give back would be out for ever.
-                let app = Arc::clone(self);
-                let policies: ArrayVec<Arc<Policy>, MAX_RULES> =
-                    resolved.policies.iter().map(|policy| Arc::clone(policy)).collect();
-                let (answer, later) = oneshot::channel();
-                tokio::spawn(async move {
-                    let decided = decision.await.unwrap_or_else(|_| Err(StorageError::gone()));
-                    let policies: ArrayVec<&Arc<Policy>, MAX_RULES> = policies.iter().collect();
-                    let acquired =
-                        decided.map(|decision| app.conclude(caller, decision, &policies, owed));
-                    let _ = answer.send(acquired);
-                });
-                Ok(Answer::Later(later))
-            }
-        }
+        let answer = self.storage.apply(&resolved.charge, room, caller.now)?;
+        // Concluded at once: a caller that goes away while the disk is at it must not leave an estimate out
+        // that nobody can settle.
+        Ok(answer.map(|decision| self.conclude(caller, decision, &resolved.policies, owed)))
     }
 
     /// Counts a decision, and opens the grant that it owes in the room that is there for it.
@@ -373,15 +363,11 @@ impl App {
             cell: grant.cell,
             number: policy.number,
             policy: &policy.settings,
+            keeping: policy.keeping,
             charged: grant.amount,
             actual: actual.unwrap_or(grant.amount),
         };
-        let settled = match self.storage.settle(&settlement, now)? {
-            Answer::Now(settled) => settled,
-            Answer::Later(settled) => {
-                settled.await.unwrap_or_else(|_| Err(StorageError::gone()))?
-            }
-        };
+        let settled = self.storage.settle(&settlement, now)?.told().await?;
         if settled.dropped > 0 {
             policy.decisions.count_dropped_debt(settled.dropped);
         }
@@ -431,6 +417,7 @@ impl<'a> Resolved<'a> {
                 cell: policy.cells.cell(key),
                 number: policy.number,
                 policy: &policy.settings,
+                keeping: policy.keeping,
                 cost: *cost,
             });
         }
@@ -442,6 +429,3 @@ impl<'a> Resolved<'a> {
         Ok(Self { policies, charge, estimate })
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -4,7 +4,7 @@ use std::{collections::HashMap, fmt, hash::Hasher, sync::Arc};
 
 use siphasher::sip128::{Hash128, Hasher128, SipHasher24};
 
-use crate::counters::Decisions;
+use crate::{counters::Decisions, storage::Keeping};
 
 /// All policies at one moment.
 #[derive(Debug, Default)]
@@ -33,6 +33,8 @@ pub struct Policy {
     pub number: PolicyNumber,
     /// What decides.
     pub settings: fusebox_core::Policy,
+    /// How its cells are kept on disk.
+    pub keeping: Keeping,
     /// Names its cells.
     pub cells: CellHasher,
     /// Counts its decisions; outlives the snapshot.

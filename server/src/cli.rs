@@ -48,6 +48,10 @@ pub struct Serve {
     /// The data directory [default: ./fusebox-data]
     #[arg(long, value_name = "DIRECTORY", env = "FUSEBOX_DATA")]
     data: Option<PathBuf>,
+    /// Start although the data directory has lost some of what was written: what was spent in the part that
+    /// is lost may be spent again
+    #[arg(long)]
+    accept_loss: bool,
     /// Allow addresses that others can reach, although there is no TLS or authentication yet
     #[arg(long, env = "FUSEBOX_INSECURE", value_parser = BoolishValueParser::new())]
     insecure: bool,
@@ -94,6 +98,11 @@ impl Serve {
     /// Whether addresses that others can reach are meant.
     pub fn insecure(&self) -> bool {
         self.insecure
+    }
+
+    /// Whether to start although the data directory has lost something.
+    pub fn accept_loss(&self) -> bool {
+        self.accept_loss
     }
 
     /// What to log.

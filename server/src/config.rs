@@ -53,7 +53,7 @@ pub struct Storage {
     pub engine: Engine,
     /// The data directory; not used by engine `memory`.
     pub path: PathBuf,
-    /// What a crash may forget.
+    /// What a crash may forget, where a policy does not say; not used by engine `memory`.
     pub durability: Durability,
 }
 
@@ -69,11 +69,14 @@ pub enum Engine {
 }
 
 /// What a crash may forget.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
-    /// What was charged since the last write to disk, [`limits::RELAXED_INTERVAL`] earlier.
+    /// Nothing that was admitted: it is on disk before anybody is told.
     #[default]
+    Strict,
+    /// What was charged since the last write to disk, [`limits::RELAXED_INTERVAL`] earlier: the whole burst
+    /// of a key, if that is how long it took. In return nobody waits for a disk.
     Relaxed,
 }
 
@@ -92,6 +95,7 @@ pub struct Namespace {
 pub struct Policy {
     token_bucket: TokenBucket,
     max_debt: u64,
+    durability: Option<Durability>,
 }
 
 /// Name of a namespace or a policy: `[a-z][a-z0-9_-]{0,62}`.
@@ -210,6 +214,11 @@ impl Policy {
     pub fn settings(&self) -> fusebox_core::Policy {
         fusebox_core::Policy::new(Limit::TokenBucket(self.token_bucket), self.max_debt)
     }
+
+    /// What a crash may forget of it, if it says so itself.
+    pub fn durability(&self) -> Option<Durability> {
+        self.durability
+    }
 }
 
 impl Name {
@@ -242,6 +251,9 @@ struct PolicyFields {
     token_bucket: Option<TokenBucketFields>,
     /// Tokens that a cell may owe when estimates turn out low; one burst if left out.
     max_debt: Option<u64>,
+    /// What a crash may forget; as `storage.durability` if left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    durability: Option<Durability>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -256,7 +268,8 @@ struct TokenBucketFields {
 impl TryFrom<PolicyFields> for Policy {
     type Error = String;
 
-    fn try_from(PolicyFields { token_bucket, max_debt }: PolicyFields) -> Result<Self, String> {
+    fn try_from(fields: PolicyFields) -> Result<Self, String> {
+        let PolicyFields { token_bucket, max_debt, durability } = fields;
         let Some(TokenBucketFields { limit, per, burst }) = token_bucket else {
             return Err("a policy needs its limiter: `token_bucket`".into());
         };
@@ -267,30 +280,18 @@ impl TryFrom<PolicyFields> for Policy {
         if max_debt > limits::TOKENS {
             return Err(format!("`max_debt` is {max_debt}, above 10^12"));
         }
-        Ok(Self { token_bucket, max_debt })
+        Ok(Self { token_bucket, max_debt, durability })
     }
 }
 
 impl From<Policy> for PolicyFields {
-    fn from(Policy { token_bucket, max_debt }: Policy) -> Self {
+    fn from(Policy { token_bucket, max_debt, durability }: Policy) -> Self {
         let token_bucket = TokenBucketFields {
             limit: token_bucket.limit(),
             per: token_bucket.per(),
             burst: Some(token_bucket.burst()),
         };
-        Self { token_bucket: Some(token_bucket), max_debt: Some(max_debt) }
-    }
-}
-
-impl<'de> Deserialize<'de> for Durability {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match String::deserialize(deserializer)?.as_str() {
-            "relaxed" => Ok(Self::Relaxed),
-            "strict" => {
-                Err(D::Error::custom("`strict` is not supported by this build; use `relaxed`"))
-            }
-            other => Err(D::Error::custom(format!("`{other}` is not a durability; use `relaxed`"))),
-        }
+        Self { token_bucket: Some(token_bucket), max_debt: Some(max_debt), durability }
     }
 }
 
@@ -488,8 +489,7 @@ mod tests {
             ("lisen: 127.0.0.1:1".into(), "1:1", "lisen", "unknown field `lisen`"),
             ("drain_timeout: 11m".into(), "1:16", "drain_timeout", "at most 10m"),
             ("storage: {engine: redis}".into(), "1:19", "storage.engine", "redis"),
-            ("storage: {durability: strict}".into(), "1:23", "storage.durability", "not supported"),
-            ("storage: {durability: no}".into(), "1:23", "storage.durability", "not a durability"),
+            ("storage: {durability: lax}".into(), "1:23", "storage.durability", "unknown variant"),
             ("namespaces: {Demo: {}}".into(), "1:14", "namespaces.Demo", "not a name"),
             (format!("namespaces: {long}"), "1:14", "namespaces.nsx", "not a name"),
             (api("{}"), "4:12", "api", "needs its limiter"),

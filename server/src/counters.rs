@@ -8,6 +8,8 @@ use std::sync::{
 use crossbeam_utils::CachePadded;
 use fusebox_core::{Admission, Decision, Reason};
 
+use crate::storage::journal::Stats;
+
 /// What can become of one ask: the decision is the Acquire's, the reason the ask's own.
 pub const DECISION_LABELS: [(&str, &str); 4] =
     [("allow", ""), ("deny", ""), ("deny", "rate_limited"), ("deny", "blocked")];
@@ -56,6 +58,32 @@ pub struct Reports {
     pub duplicate: AtomicU64,
     /// Named no open grant.
     pub unknown_grant: AtomicU64,
+}
+
+/// What the writer does.
+#[derive(Debug, Default)]
+pub struct Disk {
+    /// Marks that wait to be written.
+    pub queued: Arc<AtomicUsize>,
+    /// Records written or deleted.
+    pub records: AtomicU64,
+    /// Commits of them.
+    pub commits: AtomicU64,
+    /// Times that the disk was asked to keep what it was given.
+    pub syncs: AtomicU64,
+    /// Times that what is alive was moved to a fresh store.
+    pub rotations: AtomicU64,
+    /// Bytes of the store.
+    pub bytes: AtomicU64,
+}
+
+impl Disk {
+    /// What the journal itself counts.
+    pub(crate) fn set(&self, Stats { syncs, rotations, bytes }: Stats) {
+        self.syncs.store(syncs, Ordering::Relaxed);
+        self.rotations.store(rotations, Ordering::Relaxed);
+        self.bytes.store(bytes, Ordering::Relaxed);
+    }
 }
 
 /// Connections of one port.

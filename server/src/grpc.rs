@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status};
 use crate::{
     app::{Acquired, App, Caller, Principal},
     lifecycle::{Lifecycle, Phase},
-    storage::{Answer, StorageError},
+    storage::Answer,
 };
 
 /// `fusebox.v1.Resilience`.
@@ -88,9 +88,5 @@ impl Resilience for Service {
 }
 
 async fn answered(answer: Answer<Acquired>) -> Result<Acquired, Status> {
-    let acquired = match answer {
-        Answer::Now(acquired) => Ok(acquired),
-        Answer::Later(later) => later.await.unwrap_or_else(|_| Err(StorageError::gone())),
-    };
-    acquired.map_err(|error| status::acquire(&error.into(), None))
+    answer.told().await.map_err(|error| status::acquire(&error.into(), None))
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 
-use crate::app::App;
+use crate::{app::App, counters::Disk};
 
 /// Where the server is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,6 +45,7 @@ impl Phase {
 pub struct Lifecycle {
     phase: RwLock<Phase>,
     app: OnceLock<Arc<App>>,
+    disk: OnceLock<Arc<Disk>>,
 }
 
 impl Lifecycle {
@@ -58,9 +59,15 @@ impl Lifecycle {
         self.app.get()
     }
 
-    /// State is recovered: `app` decides from now on.
-    pub fn recovered(&self, app: Arc<App>) {
+    /// What the writer does, once state is recovered.
+    pub fn disk(&self) -> Option<&Arc<Disk>> {
+        self.disk.get()
+    }
+
+    /// State is recovered: `app` decides from now on, and a writer follows it that counts in `disk`.
+    pub fn recovered(&self, app: Arc<App>, disk: Arc<Disk>) {
         // There is one recovery in a life.
+        let _ = self.disk.set(disk);
         let _ = self.app.set(app);
         self.happens(Event::Recovered);
     }

@@ -125,6 +125,31 @@ pub const DRAIN: Duration = Duration::from_secs(600);
 /// With `durability: relaxed`, how far the disk may lag behind memory.
 pub const RELAXED_INTERVAL: Duration = Duration::from_millis(200);
 
+/// A policy that fills from empty within this time is never written while it lives: a crash empties it, and
+/// it has filled again before anybody would restart the server.
+pub const FAST_FILL: Duration = Duration::from_secs(10);
+
+/// Time that a mark of a busy cell should last: one that lasts less is followed by one of twice the step. In
+/// a second a disk syncs hundreds of times, so of a busy key's callers few ever wait for one.
+pub const MARK_LASTS: Duration = Duration::from_secs(1);
+
+/// Marks that wait for the writer: two of the largest batches, and a tenth of a second of its work.
+/// Past it what needs a mark is refused with `RESOURCE_EXHAUSTED`, and charges nothing.
+pub const QUEUED_MARKS: usize = 2 * BATCH_ASKS;
+
+/// Records that the writer copies or catches up with between two rounds: what a caller waits for at most,
+/// besides the disk.
+pub const WRITER_SLICE: usize = 512;
+
+/// Records of one commit where nobody waits: at a start, and at a clean stop.
+pub const COMMIT_RECORDS: usize = 1_024;
+
+/// Bytes of a journal below which it is never rotated: below that a start reads it in no time.
+pub const ROTATION_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Bytes of a live record, roughly: 17 of its key, up to 50 of its value, and what sled adds.
+pub const RECORD_BYTES: u64 = 96;
+
 /// Pause between two rounds of housekeeping. A round sweeps one shard of the cells, 40,000 at most if all
 /// are live, and takes some expired grants; all shards are swept in 13 s.
 pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_millis(50);
@@ -132,5 +157,6 @@ pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_millis(50);
 /// Expired grants taken in one round of housekeeping from each shard.
 pub const EXPIRED_PER_ROUND: usize = 1_024;
 
-/// Memory that sled may use as a cache: the cells live in our own memory, so it needs little.
-pub const SLED_CACHE_BYTES: u64 = 64 * 1024 * 1024;
+/// Memory that sled may use as a cache. It takes what it needs, 200 MB for a million records; where that is
+/// more than it may, it writes half as fast.
+pub const SLED_CACHE_BYTES: u64 = 512 * 1024 * 1024;

@@ -94,19 +94,21 @@ async fn serve(options: &Serve, config: Config) -> Result<(), ExitCode> {
     );
     let parts = Parts {
         namespaces: config.namespaces,
+        durability: config.storage.durability,
+        accept_loss: options.accept_loss(),
         drain_timeout: config.drain_timeout,
         listeners,
         clock: Arc::new(SystemClock::default()),
         entropy: Arc::new(SystemEntropy),
-        journal: journal(config.storage),
+        journal: journal(config.storage, options.accept_loss()),
         shutdown: shutdown_on_signal().map_err(|error| fail(FAILURE, &error.to_string()))?,
     };
     run::run(parts).await.map_err(|error| fail(FAILURE, &error.to_string()))
 }
 
-fn journal(storage: Storage) -> OpenJournal {
+fn journal(storage: Storage, accept_loss: bool) -> OpenJournal {
     match storage.engine {
-        Engine::Sled => Box::new(move || Ok(Box::new(Sled::open(&storage.path)?))),
+        Engine::Sled => Box::new(move || Ok(Box::new(Sled::open(&storage.path, accept_loss)?))),
         Engine::Memory => Nothing::open(),
     }
 }

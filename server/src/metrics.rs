@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use opentelemetry::{KeyValue, metrics::MeterProvider};
+use opentelemetry::{
+    KeyValue,
+    metrics::{Meter, MeterProvider},
+};
 use opentelemetry_sdk::{
     Resource,
     metrics::{Instrument, SdkMeterProvider, Stream},
@@ -17,7 +20,7 @@ use prometheus::{Histogram, HistogramOpts, HistogramVec, Registry, TextEncoder};
 use tonic::Code;
 
 use crate::{
-    counters::{Connections, DECISION_LABELS},
+    counters::{Connections, DECISION_LABELS, Disk},
     lifecycle::Lifecycle,
     limits,
 };
@@ -197,6 +200,8 @@ fn observe(
         })
         .build();
 
+    observe_disk(&meter, lifecycle);
+
     let ports = connections.to_vec();
     meter
         .u64_observable_gauge("fusebox_connections")
@@ -220,6 +225,62 @@ fn observe(
             }
         })
         .build();
+}
+
+fn observe_disk(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
+    type Read = fn(&Disk) -> u64;
+    let counters: [(_, _, Read); 4] = [
+        ("fusebox_journal_records", "Records written to the journal, or deleted", |disk| {
+            disk.records.load(Ordering::Relaxed)
+        }),
+        (
+            "fusebox_journal_commits",
+            "Commits of such records, each for all that came meanwhile",
+            |disk| disk.commits.load(Ordering::Relaxed),
+        ),
+        (
+            "fusebox_journal_syncs",
+            "Times that the disk was asked to keep what it was given",
+            |disk| disk.syncs.load(Ordering::Relaxed),
+        ),
+        (
+            "fusebox_journal_rotations",
+            "Times that what is alive was moved to a fresh store",
+            |disk| disk.rotations.load(Ordering::Relaxed),
+        ),
+    ];
+    for (name, description, read) in counters {
+        let state = Arc::clone(lifecycle);
+        meter
+            .u64_observable_counter(name)
+            .with_description(description)
+            .with_callback(move |observer| {
+                if let Some(disk) = state.disk() {
+                    observer.observe(read(disk), &[]);
+                }
+            })
+            .build();
+    }
+    let gauges: [(_, _, Read); 2] = [
+        ("fusebox_journal_queued_marks", "Marks that wait to be written", |disk| {
+            disk.queued.load(Ordering::Relaxed) as u64
+        }),
+        ("fusebox_journal_bytes", "Size of the journal's store", |disk| {
+            disk.bytes.load(Ordering::Relaxed)
+        }),
+    ];
+    for (name, description, read) in gauges {
+        let state = Arc::clone(lifecycle);
+        meter
+            .u64_observable_gauge(name)
+            .with_description(description)
+            .with_callback(move |observer| {
+                if let Some(disk) = state.disk() {
+                    observer.observe(read(disk), &[]);
+                }
+            })
+            .build();
+    }
 }
 
 /// The name of a code, as semantic conventions want it.

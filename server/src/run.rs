@@ -4,7 +4,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        mpsc::{self, RecvTimeoutError},
+        mpsc::{self, TryRecvError},
     },
     thread,
     time::Duration,
@@ -29,7 +29,7 @@ use crate::{
     accept::{self, Port},
     app::App,
     clock::Clock,
-    config::Namespaces,
+    config::{Durability, Namespaces},
     entropy::Entropy,
     grpc::{Service, calls::Calls},
     lifecycle::Lifecycle,
@@ -37,7 +37,7 @@ use crate::{
     metrics::Metrics,
     ops,
     storage::{
-        self, RecoveryError, Writer,
+        self, Left, OpenGrant, RecoveryError, Start, Writer,
         journal::{JournalError, OpenJournal},
     },
 };
@@ -46,6 +46,10 @@ use crate::{
 pub struct Parts {
     /// What it limits.
     pub namespaces: Namespaces,
+    /// How state is kept where a policy does not say.
+    pub durability: Durability,
+    /// Start although the journal has lost some of what was written.
+    pub accept_loss: bool,
     /// How long calls in flight may take to finish at the end.
     pub drain_timeout: Duration,
     /// Where it is reached.
@@ -107,9 +111,16 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
         accept::serve_http(port, stream, router.clone())
     });
 
-    let (namespaces, clock, entropy) = (parts.namespaces, parts.clock, Arc::clone(&parts.entropy));
+    let entropy = Arc::clone(&parts.entropy);
     let recovery = tokio::task::spawn_blocking(move || {
-        storage::recover(parts.journal, &namespaces, clock, &*entropy)
+        storage::recover(Start {
+            journal: parts.journal,
+            accept_loss: parts.accept_loss,
+            namespaces: &parts.namespaces,
+            durability: parts.durability,
+            clock: parts.clock,
+            entropy: &*entropy,
+        })
     });
     let recovered = tokio::select! {
         recovered = recovery => recovered.map_err(internal)?.map_err(RunError::Recovery).map(Some),
@@ -122,17 +133,32 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
         ops.close(Duration::ZERO).await;
         return recovered.map(|_| ());
     };
-    let storage::Recovered { catalogue, cells, writer, clock, boot } = recovered;
+    let storage::Recovered { catalogue, cells, grants, writer, clock, boot, clean } = recovered;
+    if !clean {
+        tracing::warn!(
+            "the last stop was not clean: keys of policies that fill within {:?} start empty",
+            limits::FAST_FILL
+        );
+    }
     tracing::info!(
         boot,
         policies = catalogue.policies().count(),
         catalogue = catalogue.revision,
         live_cells = storage::Storage::live(&*cells),
+        open_grants = grants.len(),
         "ready"
     );
-    let app = Arc::new(App::new(catalogue, cells, clock, parts.entropy, boot));
+    let disk = writer.disk();
+    let app = Arc::new(App::new(
+        catalogue,
+        Arc::clone(&cells) as Arc<_>,
+        clock,
+        parts.entropy,
+        boot,
+        grants,
+    ));
     let writer = WriterThread::spawn(writer).map_err(internal)?;
-    lifecycle.recovered(Arc::clone(&app));
+    lifecycle.recovered(Arc::clone(&app), disk);
     set_health(&health, ServingStatus::Serving).await;
 
     tend_until(&parts.shutdown, &app, &writer, &lifecycle, &health).await;
@@ -141,7 +167,9 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     lifecycle.shut_down();
     set_health(&health, ServingStatus::NotServing).await;
     grpc.close(parts.drain_timeout).await;
-    let flushed = writer.finish().await;
+    // Nothing is settled while the open grants are written down.
+    cells.stop();
+    let flushed = writer.finish(app.grants().all()).await;
     // Last, so that probes can watch the drain; scrapers have until now as well.
     ops.close(limits::OPS_DRAIN).await;
     flushed.inspect(|()| tracing::info!("stopped"))
@@ -207,8 +235,8 @@ fn internal(error: impl ToString) -> RunError {
 
 /// The thread that owns the journal: its calls block, so no async task makes them.
 struct WriterThread {
-    /// Dropped to ask for the last round.
-    stop: mpsc::Sender<()>,
+    /// Tells what is to be written last, and so asks for the end.
+    stop: mpsc::Sender<Vec<OpenGrant>>,
     progress: watch::Receiver<Progress>,
     /// How the last round went.
     finished: oneshot::Receiver<Result<(), JournalError>>,
@@ -228,27 +256,33 @@ impl WriterThread {
         let (told, progress) = watch::channel(Progress::Waiting);
         let (finish, finished) = oneshot::channel();
         thread::Builder::new().name("writer".into()).spawn(move || {
-            while stopped.recv_timeout(limits::RELAXED_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                if !writer.keeps() || *told.borrow() == Progress::Failed {
-                    continue;
+            let mut left = Left::Nothing;
+            let grants = loop {
+                match stopped.try_recv() {
+                    Ok(grants) => break grants,
+                    Err(TryRecvError::Disconnected) => break Vec::new(),
+                    Err(TryRecvError::Empty) => {}
+                }
+                if left == Left::Nothing {
+                    told.send_replace(Progress::Waiting);
+                    writer.wait();
                 }
                 told.send_replace(Progress::Writing);
-                let written = writer.round();
-                told.send_replace(if written.is_ok() {
-                    Progress::Waiting
-                } else {
-                    Progress::Failed
-                });
-                if let Err(error) = written {
-                    tracing::error!(
-                        %error,
-                        "the storage failed: nothing is admitted from here on. \
-                         Free space or mend the disk, then restart"
-                    );
+                match writer.round() {
+                    Ok(more) => left = more,
+                    Err(error) => {
+                        told.send_replace(Progress::Failed);
+                        tracing::error!(
+                            %error,
+                            "the storage failed: nothing is admitted from here on. \
+                             Free space or mend the disk, then restart"
+                        );
+                        break stopped.recv().unwrap_or_default();
+                    }
                 }
-            }
+            };
             // Who waited for it may have lost patience.
-            let _ = finish.send(writer.finish());
+            let _ = finish.send(writer.finish(&grants));
         })?;
         Ok(Self { stop, progress, finished })
     }
@@ -281,9 +315,10 @@ impl WriterThread {
         }
     }
 
-    /// Asks for the last round, and returns when it is on disk.
-    async fn finish(self) -> Result<(), RunError> {
-        drop(self.stop);
+    /// Asks for the end, with the grants that are open then, and returns when all of it is on disk.
+    async fn finish(self, grants: Vec<OpenGrant>) -> Result<(), RunError> {
+        // If it is gone already, it says so itself.
+        let _ = self.stop.send(grants);
         match timeout(limits::FLUSH, self.finished).await {
             Ok(Ok(written)) => written.map_err(RunError::Flush),
             Ok(Err(_)) => Err(internal("the writer panicked")),
@@ -309,7 +344,7 @@ mod tests {
         entropy::SystemEntropy,
         storage::{
             CellAsk, Charge, Storage,
-            journal::{Batch, Journal, Keyspace, Visit},
+            journal::{Batch, Journal, Keyspace, Stats, Visit},
         },
     };
 
@@ -343,6 +378,24 @@ mod tests {
             }
             Ok(())
         }
+
+        fn witnessed(&self) -> u64 {
+            0
+        }
+
+        fn witness(&mut self, _: u64) -> Result<(), JournalError> {
+            Ok(())
+        }
+
+        fn tidy(&mut self, _: usize) -> Result<bool, JournalError> {
+            Ok(false)
+        }
+
+        fn stop_tidying(&mut self) {}
+
+        fn stats(&self) -> Stats {
+            Stats::default()
+        }
     }
 
     /// A writer with something to write, and what lets its disk go.
@@ -351,14 +404,22 @@ mod tests {
         let journal = Box::new(|| {
             Ok(Box::new(Hanging { syncs: 0, let_go: Mutex::new(let_go) }) as Box<dyn Journal>)
         });
-        let namespaces = Config::demo().unwrap().namespaces;
-        let clock = Arc::new(SystemClock::default());
-        let recovered = storage::recover(journal, &namespaces, clock, &SystemEntropy).unwrap();
-        let policy = recovered.catalogue.policies().next().unwrap();
+        let config = Config::demo().unwrap();
+        let recovered = storage::recover(Start {
+            journal,
+            accept_loss: false,
+            namespaces: &config.namespaces,
+            durability: Durability::Strict,
+            clock: Arc::new(SystemClock::default()),
+            entropy: &SystemEntropy,
+        });
+        let recovered = recovered.unwrap();
+        let policy = recovered.catalogue.namespace("demo").unwrap().policy("signup").unwrap();
         let ask = CellAsk {
             cell: policy.cells.cell(""),
             number: policy.number,
             policy: &policy.settings,
+            keeping: policy.keeping,
             cost: Cost { tokens: 1, estimated: false },
         };
         let asks = [ask].into_iter().collect();
@@ -378,7 +439,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_end_does_not_wait_for_a_disk_that_hangs() {
         let (writer, _go) = writer();
-        let ended = WriterThread::spawn(writer).unwrap().finish().await.unwrap_err();
+        let ended = WriterThread::spawn(writer).unwrap().finish(Vec::new()).await.unwrap_err();
         assert!(ended.to_string().contains("the disk hangs"), "{ended}");
     }
 }

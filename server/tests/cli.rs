@@ -105,7 +105,7 @@ fn check_prints_what_is_in_effect_or_says_what_is_wrong() {
     let good = "namespaces: {demo: {policies: {api: {token_bucket: {limit: 7, per: 90s}}}}}";
     let (code, effective, error) = ended(fusebox().arg("check").arg(write(directory.path(), good)));
     assert_eq!((code, error.as_str()), (0, ""));
-    for line in ["listen: 127.0.0.1:3873", "burst: 7", "per: 1m 30s", "durability: relaxed"] {
+    for line in ["listen: 127.0.0.1:3873", "burst: 7", "per: 1m 30s", "durability: strict"] {
         assert!(effective.contains(line), "{line} is not in {effective}");
     }
 
@@ -131,10 +131,10 @@ fn it_does_not_start_where_others_could_reach_it() {
 #[test]
 fn it_does_not_start_with_a_wrong_configuration() {
     let directory = tempfile::tempdir().unwrap();
-    let file = write(directory.path(), "storage: {durability: strict}\n");
+    let file = write(directory.path(), "storage: {durability: lax}\n");
     let (code, _, error) = ended(fusebox().args(["serve", "--config", &file]));
     assert_eq!(code, 2);
-    assert!(error.contains("`strict` is not supported by this build"), "{error}");
+    assert!(error.contains("unknown variant `lax`"), "{error}");
 }
 
 #[test]
@@ -175,12 +175,12 @@ fn a_data_directory_that_lost_its_state_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let server = Running::start(fusebox().arg("--data").arg(directory.path()));
     assert_eq!(server.stop("-HUP").0, 0);
-    fs::remove_file(directory.path().join("db")).unwrap();
+    fs::remove_file(directory.path().join("store-1/db")).unwrap();
     let ports = ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"];
     let (code, _, error) = ended(fusebox().args(ports).arg("--data").arg(directory.path()));
     assert_eq!(code, 1);
-    assert!(error.contains("no state, but was used before"), "{error}");
-    assert!(error.contains("--data"), "it says what to do: {error}");
+    assert!(error.contains("has lost its last commits: it ends at 0"), "{error}");
+    assert!(error.contains("Restore a copy"), "it says what to do: {error}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use fusebox_server::storage::journal::{
-    Batch, Journal, JournalError, Keyspace, OpenJournal, Visit,
+    Batch, Journal, JournalError, Keyspace, OpenJournal, Stats, Visit,
 };
 use parking_lot::{Mutex, MutexGuard};
 
@@ -19,6 +19,8 @@ pub struct Simulated {
 struct Disk {
     written: Records,
     synced: Records,
+    witnessed: u64,
+    syncs: u64,
     failing: bool,
     /// Counts the losses of power: who opened the disk before one cannot write after it.
     life: u64,
@@ -105,6 +107,28 @@ impl Journal for Open {
     fn sync(&mut self) -> Result<(), JournalError> {
         let mut disk = self.alive()?;
         disk.synced = disk.written.clone();
+        disk.syncs += 1;
         Ok(())
+    }
+
+    fn witnessed(&self) -> u64 {
+        self.disk.lock().witnessed
+    }
+
+    fn witness(&mut self, commit: u64) -> Result<(), JournalError> {
+        let mut disk = self.alive()?;
+        disk.witnessed = commit;
+        disk.syncs += 1;
+        Ok(())
+    }
+
+    fn tidy(&mut self, _: usize) -> Result<bool, JournalError> {
+        Ok(false)
+    }
+
+    fn stop_tidying(&mut self) {}
+
+    fn stats(&self) -> Stats {
+        Stats { syncs: self.disk.lock().syncs, ..Stats::default() }
     }
 }

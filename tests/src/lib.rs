@@ -6,6 +6,7 @@
 
 mod clock;
 mod journal;
+pub mod panel;
 mod server;
 
 pub use self::{

@@ -86,6 +86,8 @@ impl Server {
         let shutdown = CancellationToken::new();
         let running = tokio::spawn(run::run(Parts {
             namespaces: config.namespaces,
+            durability: config.storage.durability,
+            accept_loss: false,
             drain_timeout: config.drain_timeout,
             listeners,
             clock: Arc::clone(&clock) as Arc<_>,

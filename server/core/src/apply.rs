@@ -78,12 +78,12 @@ pub fn apply(rules: &Rules<'_>, charging: Charging, cells: &mut Cells, now: Time
 
     for rule in rules {
         let cell = &mut planned[rule.cell];
-        let state = cell.map(|cell| rule.policy.current(cell));
+        let state = rule.policy.state(*cell);
         let plan = rule.policy.limit.plan(state, rule.cost, now);
         let allows = plan.admission == Admission::Allow;
         allowed &= allows;
         let charge = allows || charging == Charging::Always;
-        if charge {
+        if charge && plan.charged != state {
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
         }
         let Level { remaining, reset_after } = if charge { plan.after } else { plan.before };
@@ -102,7 +102,7 @@ pub fn apply(rules: &Rules<'_>, charging: Charging, cells: &mut Cells, now: Time
         for (index, (rule, verdict)) in rules.iter().zip(&mut verdicts).enumerate() {
             let same_cell = rules[..=index].iter().filter(|other| other.cell == rule.cell);
             let cost = same_cell.fold(0, |cost: u64, other| cost.saturating_add(other.cost.tokens));
-            let state = cells[rule.cell].map(|cell| rule.policy.current(cell));
+            let state = rule.policy.state(cells[rule.cell]);
             let plan = rule.policy.limit.plan(state, Cost { tokens: cost, estimated: false }, now);
             let Level { remaining, reset_after } = plan.before;
             (verdict.remaining, verdict.reset_after) = (remaining, reset_after);
@@ -127,7 +127,7 @@ pub fn settle(
     now: Time,
 ) -> Settled<Cell> {
     let settlement = Settlement { charged, actual, max_debt: policy.max_debt };
-    let state = cell.map(|cell| policy.current(cell));
+    let state = policy.state(*cell);
     let settled = policy.limit.settle(state, settlement, now);
     *cell = settled.state.map(|state| Cell { revision: policy.revision, state });
     Settled {

@@ -12,7 +12,10 @@ use crate::{
 /// An absent state means a full one everywhere: a cell that nobody charged needs no memory.
 pub trait Kind: Sized {
     /// What one cell remembers.
-    type State: Copy;
+    type State: Copy + From<Self::Mark>;
+
+    /// What is kept of a cell on disk while it lives: an upper bound of what it has spent.
+    type Mark: Copy;
 
     /// Most that an ask could ever be granted at once. More is never possible; 0 blocks all.
     fn capacity(&self) -> u64;
@@ -28,16 +31,25 @@ pub trait Kind: Sized {
         now: Time,
     ) -> Settled<Self::State>;
 
-    /// A state that covers `state`, and the next `step` tokens if they are charged at once.
+    /// A mark that covers `state`, and the next `step` tokens if they are charged at once.
     ///
     /// As time refills it, it covers less: [`covers`](Self::covers) tells.
-    fn mark(&self, state: Self::State, step: u64) -> Self::State;
+    fn mark(&self, state: Self::State, step: u64) -> Self::Mark;
+
+    /// The longest step of a mark: what a crash may take from one cell.
+    fn max_step(&self) -> u64;
 
     /// Whether recovering from `mark` instead of `state` admits nothing that `state` would not.
-    fn covers(&self, mark: Self::State, state: Self::State) -> bool;
+    fn covers(&self, mark: Self::Mark, state: Self::State) -> bool;
 
-    /// The state to go on with after a restart at `now`, when `mark` is all that is left.
-    fn revive(&self, mark: Self::State, now: Time) -> Self::State;
+    /// The state to go on with after a restart at `now`, when `state` is all that is left.
+    fn revive(&self, state: Self::State, now: Time) -> Self::State;
+
+    /// A state with nothing left in it, but no debt.
+    fn empty(&self, at: Time) -> Self::State;
+
+    /// Time in which an empty cell fills; `None` if it never does.
+    fn fills_in(&self) -> Option<Duration>;
 
     /// When the cell will be full, and so may leave memory and disk; `None` while something is owed to it.
     fn full_at(&self, state: Self::State) -> Option<Time>;
@@ -142,8 +154,48 @@ pub enum State {
     TokenBucket(token_bucket::State),
 }
 
+/// What is kept on disk of one living cell, of any kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// A token bucket's.
+    TokenBucket(token_bucket::Mark),
+}
+
+impl State {
+    /// Tokens that may still come back: those of open estimates.
+    #[must_use]
+    pub const fn out(&self) -> u64 {
+        let Self::TokenBucket(state) = self;
+        state.out
+    }
+
+    /// The state with so many of its spent tokens out.
+    #[must_use]
+    pub fn with_out(self, out: u64) -> Self {
+        let Self::TokenBucket(state) = self;
+        Self::TokenBucket(token_bucket::State { out: out.min(state.spent), ..state })
+    }
+}
+
+impl Mark {
+    /// When the mark was made.
+    #[must_use]
+    pub const fn at(&self) -> Time {
+        let Self::TokenBucket(mark) = self;
+        mark.at
+    }
+}
+
+impl From<Mark> for State {
+    fn from(mark: Mark) -> Self {
+        let Mark::TokenBucket(mark) = mark;
+        Self::TokenBucket(mark.into())
+    }
+}
+
 impl Kind for Limit {
     type State = State;
+    type Mark = Mark;
 
     fn capacity(&self) -> u64 {
         let Self::TokenBucket(bucket) = self;
@@ -173,19 +225,34 @@ impl Kind for Limit {
         }
     }
 
-    fn mark(&self, state: State, step: u64) -> State {
+    fn mark(&self, state: State, step: u64) -> Mark {
         let Self::TokenBucket(bucket) = self;
-        State::TokenBucket(bucket.mark(token_bucket(state), step))
+        Mark::TokenBucket(bucket.mark(token_bucket(state), step))
     }
 
-    fn covers(&self, mark: State, state: State) -> bool {
+    fn max_step(&self) -> u64 {
         let Self::TokenBucket(bucket) = self;
-        bucket.covers(token_bucket(mark), token_bucket(state))
+        bucket.max_step()
     }
 
-    fn revive(&self, mark: State, now: Time) -> State {
+    fn covers(&self, mark: Mark, state: State) -> bool {
+        let (Self::TokenBucket(bucket), Mark::TokenBucket(mark)) = (self, mark);
+        bucket.covers(mark, token_bucket(state))
+    }
+
+    fn revive(&self, state: State, now: Time) -> State {
         let Self::TokenBucket(bucket) = self;
-        State::TokenBucket(bucket.revive(token_bucket(mark), now))
+        State::TokenBucket(bucket.revive(token_bucket(state), now))
+    }
+
+    fn empty(&self, at: Time) -> State {
+        let Self::TokenBucket(bucket) = self;
+        State::TokenBucket(bucket.empty(at))
+    }
+
+    fn fills_in(&self) -> Option<Duration> {
+        let Self::TokenBucket(bucket) = self;
+        bucket.fills_in()
     }
 
     fn full_at(&self, state: State) -> Option<Time> {

@@ -16,7 +16,7 @@ pub mod token_bucket;
 
 pub use self::{
     apply::{Cells, Charging, Decision, MAX_RULES, Rule, Rules, Verdict, Verdicts, apply, settle},
-    kind::{Admission, Cost, Kind, Level, Limit, Plan, Reason, Settled, Settlement, State},
+    kind::{Admission, Cost, Kind, Level, Limit, Mark, Plan, Reason, Settled, Settlement, State},
     policy::{Cell, Former, Formers, MAX_FORMERS, Policy},
     time::{Time, saturating_nanos},
     token_bucket::TokenBucket,

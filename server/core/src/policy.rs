@@ -22,6 +22,9 @@ pub struct Policy {
     pub max_debt: u64,
     /// What the limiter was before.
     pub formers: Formers,
+    /// What a cell that is not there is: full if `None`. After a crash nobody knows what keys that are not
+    /// written down had spent, so they were emptied then.
+    pub absent: Option<Cell>,
 }
 
 /// What a policy was before a change.
@@ -48,7 +51,7 @@ impl Policy {
     /// A policy that has never been another.
     #[must_use]
     pub fn new(limit: Limit, max_debt: u64) -> Self {
-        Self { limit, revision: 1, max_debt, formers: Formers::new() }
+        Self { limit, revision: 1, max_debt, formers: Formers::new(), absent: None }
     }
 
     /// The policy's next revision: `limit` from `at` on.
@@ -59,7 +62,7 @@ impl Policy {
             formers.remove(0);
         }
         formers.push(Former { revision: self.revision, limit: self.limit, until: at });
-        Self { limit, revision: self.revision + 1, max_debt: self.max_debt, formers }
+        Self { limit, revision: self.revision + 1, formers, ..*self }
     }
 
     /// The state of `cell` in the terms of this revision: the first touch after a change converts it.
@@ -82,9 +85,30 @@ impl Policy {
         state
     }
 
-    /// When `cell` will be full, and so may leave memory and disk.
+    /// The state of a cell that may not be there; `None` is full.
     #[must_use]
-    pub fn full_at(&self, cell: Cell) -> Option<Time> {
-        self.limit.full_at(self.current(cell))
+    pub fn state(&self, cell: Option<Cell>) -> Option<State> {
+        cell.or(self.absent).map(|cell| self.current(cell))
+    }
+
+    /// When `cell` may leave memory and disk: it is full then, and so is one that is not there. `None` while
+    /// something is owed to it.
+    #[must_use]
+    pub fn leaves_at(&self, cell: Cell) -> Option<Time> {
+        let full_at = self.limit.full_at(self.current(cell))?;
+        Some(full_at.max(self.absent_full_at()?))
+    }
+
+    /// When a cell that is not there is full; `None` if never.
+    #[must_use]
+    pub fn absent_full_at(&self) -> Option<Time> {
+        self.absent.map_or(Some(Time::ZERO), |cell| self.limit.full_at(self.current(cell)))
+    }
+
+    /// Every cell that is not there is empty as of `at`: a crash forgot what it had spent.
+    #[must_use]
+    pub fn emptied(&self, at: Time) -> Self {
+        let empty = Cell { revision: self.revision, state: self.limit.empty(at) };
+        Self { absent: Some(empty), formers: self.formers.clone(), ..*self }
     }
 }

@@ -119,8 +119,24 @@ impl State {
     }
 }
 
+/// What is kept on disk of one living bucket: no part of a token, so that it stays small.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mark {
+    /// Whole tokens that are spent, or may be by the time that a crash asks.
+    pub spent: u64,
+    /// When this was true.
+    pub at: Time,
+}
+
+impl From<Mark> for State {
+    fn from(Mark { spent, at }: Mark) -> Self {
+        Self { spent, ..Self::full(at) }
+    }
+}
+
 impl Kind for TokenBucket {
     type State = State;
+    type Mark = Mark;
 
     fn capacity(&self) -> u64 {
         self.burst
@@ -182,25 +198,43 @@ impl Kind for TokenBucket {
         }
     }
 
-    fn mark(&self, state: State, step: u64) -> State {
+    fn mark(&self, state: State, step: u64) -> Mark {
         // A mark alone never puts a bucket into debt: beyond the burst there is nothing to admit.
-        let ahead = state.spent.saturating_add(step).min(self.burst);
-        State { spent: ahead.max(state.spent), out: 0, ..state }
+        let spent = state.spent_rounded_up();
+        let ahead = spent.saturating_add(step).min(self.burst);
+        Mark { spent: ahead.max(spent), at: state.at }
     }
 
-    fn covers(&self, mark: State, state: State) -> bool {
+    fn max_step(&self) -> u64 {
+        // Of the smaller one: a crash must take neither a large part of the bucket nor a day's refill.
+        (self.limit.min(self.burst) / 100).max(1)
+    }
+
+    fn covers(&self, mark: Mark, state: State) -> bool {
         // What is out is left aside: after a restart nothing comes back, so only debits count.
         let later = mark.at.max(state.at);
         let parts_at_later = |state: State| {
             let state = self.refilled(State { out: 0, ..state }, later);
             (state.spent, state.remainder)
         };
-        parts_at_later(mark) >= parts_at_later(state)
+        parts_at_later(mark.into()) >= parts_at_later(state)
     }
 
-    fn revive(&self, mark: State, now: Time) -> State {
-        // A mark from the future would refill only once its time comes; a key must not wait for that.
-        self.refilled(State { out: 0, at: mark.at.min(now), ..mark }, now)
+    fn revive(&self, state: State, now: Time) -> State {
+        // A state from the future would refill only once its time comes; a key must not wait for that.
+        self.refilled(State { out: 0, at: state.at.min(now), ..state }, now)
+    }
+
+    fn empty(&self, at: Time) -> State {
+        State { spent: self.burst, ..State::full(at) }
+    }
+
+    fn fills_in(&self) -> Option<Duration> {
+        if self.limit == 0 {
+            return None;
+        }
+        let parts = u128::from(self.burst) * u128::from(self.per_nanos());
+        self.nanos_to_refill(parts).map(Duration::from_nanos)
     }
 
     fn full_at(&self, state: State) -> Option<Time> {

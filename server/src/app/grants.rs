@@ -19,6 +19,7 @@ use crate::{
     entropy::Entropy,
     limits,
     reservation::Reservation,
+    storage::OpenGrant,
 };
 
 /// What an allowed Acquire may still owe. Settled once, or when it expires.
@@ -46,10 +47,12 @@ impl Grant {
 }
 
 /// Names a grant: the number of the start that gave it, and a number that nobody can guess.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GrantId {
-    boot: u64,
-    secret: u128,
+    /// The start that gave it.
+    pub boot: u64,
+    /// Nobody can guess it.
+    pub secret: u128,
 }
 
 impl fmt::Display for GrantId {
@@ -98,11 +101,11 @@ pub struct Grants {
 
 #[derive(Debug, Default)]
 struct Shard {
-    open: HashMap<u128, Grant>,
-    by_expiry: BTreeSet<(Time, u128)>,
+    open: HashMap<GrantId, Grant>,
+    by_expiry: BTreeSet<(Time, GrantId)>,
     /// Those settled lately, and whose they were.
-    settled: HashMap<u128, Owner>,
-    settled_in_order: VecDeque<u128>,
+    settled: HashMap<GrantId, Owner>,
+    settled_in_order: VecDeque<GrantId>,
 }
 
 impl Grants {
@@ -132,10 +135,31 @@ impl Grants {
             return None;
         }
         let id = GrantId { boot: self.boot, secret: u128::from_be_bytes(entropy.bytes16()) };
-        let mut shard = self.shard(id.secret).lock();
-        shard.by_expiry.insert((grant.expires_at, id.secret));
-        shard.open.insert(id.secret, grant);
+        self.shard(id).lock().open(id, grant);
         Some(id)
+    }
+
+    /// Opens a grant again that an earlier start gave, and a clean stop left open.
+    pub(super) fn restore(&self, left: &OpenGrant, policy: Arc<Policy>) {
+        let OpenGrant { id, cell, amount, expires_at, .. } = *left;
+        let principal = Principal::Anonymous;
+        self.shard(id).lock().open(id, Grant { principal, policy, cell, amount, expires_at });
+        self.open.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Every grant that is open.
+    pub fn all(&self) -> Vec<OpenGrant> {
+        let mut all = Vec::with_capacity(self.open());
+        for shard in &self.shards {
+            all.extend(shard.lock().open.iter().map(|(id, grant)| OpenGrant {
+                id: *id,
+                number: grant.policy.number,
+                cell: grant.cell,
+                amount: grant.amount,
+                expires_at: grant.expires_at,
+            }));
+        }
+        all
     }
 
     /// Takes an open grant of this principal, to be settled: nobody can take it again.
@@ -146,21 +170,18 @@ impl Grants {
         namespace: &str,
         now: Time,
     ) -> Taken {
-        if id.boot != self.boot {
-            return Taken::Unknown;
-        }
-        let mut shard = self.shard(id.secret).lock();
+        let mut shard = self.shard(id).lock();
         let is_theirs = |owner: &Owner| owner.0 == principal && *owner.1 == *namespace;
-        if shard.settled.get(&id.secret).is_some_and(is_theirs) {
+        if shard.settled.get(&id).is_some_and(is_theirs) {
             return Taken::Settled;
         }
-        let Entry::Occupied(entry) = shard.open.entry(id.secret) else { return Taken::Unknown };
+        let Entry::Occupied(entry) = shard.open.entry(id) else { return Taken::Unknown };
         if !is_theirs(&entry.get().owner()) || entry.get().expires_at <= now {
             return Taken::Unknown;
         }
         let grant = entry.remove();
-        shard.by_expiry.remove(&(grant.expires_at, id.secret));
-        shard.remember_settled(id.secret, grant.owner());
+        shard.by_expiry.remove(&(grant.expires_at, id));
+        shard.remember_settled(id, grant.owner());
         self.open.fetch_sub(1, Ordering::Relaxed);
         Taken::Open(grant)
     }
@@ -172,31 +193,36 @@ impl Grants {
             let mut shard = shard.lock();
             for _ in 0..limits::EXPIRED_PER_ROUND {
                 let first = shard.by_expiry.first().copied();
-                let Some((expiry, secret)) = first.filter(|(expiry, _)| *expiry <= now) else {
+                let Some((expiry, id)) = first.filter(|(expiry, _)| *expiry <= now) else {
                     break;
                 };
-                shard.by_expiry.remove(&(expiry, secret));
-                expired.extend(shard.open.remove(&secret));
+                shard.by_expiry.remove(&(expiry, id));
+                expired.extend(shard.open.remove(&id));
             }
         }
         self.open.fetch_sub(expired.len(), Ordering::Relaxed);
         expired
     }
 
-    fn shard(&self, secret: u128) -> &Mutex<Shard> {
-        &self.shards[secret as usize % limits::GRANT_SHARDS]
+    fn shard(&self, id: GrantId) -> &Mutex<Shard> {
+        &self.shards[id.secret as usize % limits::GRANT_SHARDS]
     }
 }
 
 impl Shard {
-    fn remember_settled(&mut self, secret: u128, owner: Owner) {
+    fn open(&mut self, id: GrantId, grant: Grant) {
+        self.by_expiry.insert((grant.expires_at, id));
+        self.open.insert(id, grant);
+    }
+
+    fn remember_settled(&mut self, id: GrantId, owner: Owner) {
         if self.settled_in_order.len() == limits::SETTLED_GRANTS / limits::GRANT_SHARDS
             && let Some(oldest) = self.settled_in_order.pop_front()
         {
             self.settled.remove(&oldest);
         }
-        self.settled.insert(secret, owner);
-        self.settled_in_order.push_back(secret);
+        self.settled.insert(id, owner);
+        self.settled_in_order.push_back(id);
     }
 }
 
@@ -208,6 +234,7 @@ mod tests {
     use crate::{
         catalogue::{CellHasher, PolicyNumber},
         entropy::SystemEntropy,
+        storage::Keeping,
     };
 
     fn grant(expires_at: Time) -> Grant {
@@ -219,6 +246,7 @@ mod tests {
             name: "policy".into(),
             number: PolicyNumber(0),
             settings: fusebox_core::Policy::new(Limit::TokenBucket(bucket), 0),
+            keeping: Keeping::AtStop,
             cells,
             decisions: Arc::default(),
         });
@@ -260,13 +288,14 @@ mod tests {
     #[test]
     fn the_oldest_settled_grant_is_forgotten_first() {
         let mut shard = Shard::default();
+        let id = |secret| GrantId { boot: 1, secret };
         let owner = || grant(Time::ZERO).owner();
         let most = limits::SETTLED_GRANTS / limits::GRANT_SHARDS;
         for secret in 0..=most as u128 {
-            shard.remember_settled(secret, owner());
+            shard.remember_settled(id(secret), owner());
         }
         assert_eq!(shard.settled.len(), most);
-        assert!(!shard.settled.contains_key(&0) && shard.settled.contains_key(&1));
+        assert!(!shard.settled.contains_key(&id(0)) && shard.settled.contains_key(&id(1)));
     }
 
     #[test]

@@ -85,8 +85,10 @@ pub(super) fn report(error: &ReportError) -> Status {
 
 fn storage(error: &StorageError) -> Status {
     match error {
-        StorageError::Full(_) => Status::resource_exhausted(error.to_string()),
-        StorageError::Failed(_) => Status::unavailable(error.to_string()),
+        StorageError::Full(_) | StorageError::Behind(_) => {
+            Status::resource_exhausted(error.to_string())
+        }
+        StorageError::Failed(_) | StorageError::Stopping => Status::unavailable(error.to_string()),
     }
 }
 

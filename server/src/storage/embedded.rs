@@ -1,69 +1,91 @@
-//! Cells in memory, in shards.
+//! Cells in memory, in shards, and what is queued of them for the disk.
 
 use std::sync::{
     Arc, OnceLock,
-    atomic::{AtomicUsize, Ordering},
+    atomic::{AtomicU64, AtomicUsize, Ordering},
+    mpsc::{Receiver, SyncSender, sync_channel},
 };
+use std::time::Duration;
 
 use arrayvec::ArrayVec;
 use crossbeam_utils::CachePadded;
 use fusebox_core::{
     Cell, Cells, Cost, Decision, Kind, MAX_RULES, Policy, Rule, Rules, Settled, Time,
 };
-use hashbrown::HashTable;
 use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::oneshot;
 
-use super::{Answer, CellAsk, Charge, Settlement, Storage, StorageError};
+use super::{
+    Answer, CellAsk, Charge, Durable, Keeping, Room, Settlement, Storage, StorageError,
+    table::{Entry, Marked, Table},
+};
 use crate::{
     catalogue::{Catalogue, CellId, PolicyNumber},
     limits,
     reservation::Reservation,
 };
 
-/// Cells in memory. What changes is remembered, so that a [`Writer`](super::Writer) can follow.
+/// Cells in memory. What is to be on disk is queued for a [`Writer`](super::Writer), in its shard: there is
+/// no queue, and no lock, that all callers share.
 pub struct Embedded {
     shards: Box<[CachePadded<Mutex<Shard>>]>,
     live: Arc<AtomicUsize>,
     capacity: usize,
+    /// Marks that wait for the writer, in all shards.
+    queued: Arc<AtomicUsize>,
+    /// The last round of the writer that is on disk.
+    durable: AtomicU64,
+    /// Wakes the writer; one waiting word is enough.
+    wake: SyncSender<()>,
     /// Counts the rounds of housekeeping: each looks at the next shard.
     tended: AtomicUsize,
-    /// Whether a journal keeps the cells: otherwise nobody takes what is noted as changed.
-    kept: bool,
-    failure: OnceLock<Arc<str>>,
+    /// Why nothing is decided any more.
+    over: OnceLock<StorageError>,
 }
 
 #[derive(Default)]
 struct Shard {
-    cells: HashTable<Entry>,
-    /// Cells changed or gone since the writer last looked.
-    changed: Vec<CellId>,
+    cells: Table,
+    /// Cells whose mark waits for the writer.
+    queued: Vec<CellId>,
+    /// Cells that the writer is to look at when it has time.
+    lagging: Vec<CellId>,
+    /// Who waits for marks of this shard, and maybe of others.
+    waiting: Vec<Waiter>,
+    /// Rounds of the writer that have taken what was queued here: the next one takes what is queued now.
+    taken: u64,
     /// When a full cell last left. A caller whose clock was read before that must not find the cell fuller
     /// than it was then: it is decided as of this time.
     swept: Time,
 }
 
-struct Entry {
-    id: CellId,
-    cell: Cell,
-    number: PolicyNumber,
-    changed: bool,
+/// Somebody who waits until a round of the writer is durable.
+pub(super) struct Waiter {
+    pub(super) round: u64,
+    pub(super) told: oneshot::Sender<Result<(), StorageError>>,
 }
 
-/// A cell that changed: what it is now, or that it is gone.
-pub(super) type Change = (CellId, Option<(PolicyNumber, Cell)>);
+/// What is to be on disk of a cell: its record, or none.
+pub(super) struct Change {
+    pub(super) id: CellId,
+    pub(super) kept: Option<(PolicyNumber, Cell)>,
+}
 
 impl Embedded {
-    /// No cells yet, and room for `capacity` of them.
-    pub fn new(kept: bool, capacity: usize) -> Self {
-        let shards = (0..limits::CELL_SHARDS).map(|_| CachePadded::default()).collect();
-        Self {
-            shards,
+    /// No cells yet, and room for `capacity` of them. What it returns beside wakes the writer.
+    pub fn new(capacity: usize) -> (Self, Receiver<()>) {
+        let (wake, woken) = sync_channel(1);
+        let cells = Self {
+            shards: (0..limits::CELL_SHARDS).map(|_| CachePadded::default()).collect(),
             live: Arc::default(),
             capacity,
+            queued: Arc::default(),
+            durable: AtomicU64::new(0),
+            wake,
             tended: AtomicUsize::new(0),
-            kept,
-            failure: OnceLock::new(),
-        }
+            over: OnceLock::new(),
+        };
+        (cells, woken)
     }
 
     /// Number of shards: as many rounds of [`tend`](Storage::tend) see every cell.
@@ -71,77 +93,216 @@ impl Embedded {
         self.shards.len()
     }
 
-    /// Nothing is admitted from here on.
-    pub(super) fn fail(&self, cause: &str) {
-        // The first failure is the one to tell.
-        let _ = self.failure.set(cause.into());
+    /// Counts the marks that wait for the writer.
+    pub(super) fn queued(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.queued)
     }
 
-    /// What changed in one shard since this was last asked.
-    pub(super) fn take_changes(&self, shard: usize) -> Vec<Change> {
+    /// Nothing is decided from here on; who waits is told when the last round is on disk.
+    pub fn stop(&self) {
+        self.end(&StorageError::Stopping);
+    }
+
+    /// Nothing is decided from here on, for this reason; if nothing is written any more, who waits is told.
+    ///
+    /// A caller that holds its locks now still finishes: its marks are queued, or it waits no more.
+    pub(super) fn end(&self, why: &StorageError) {
+        // The first reason is the one to tell.
+        let _ = self.over.set(why.clone());
+        if matches!(why, StorageError::Failed(_)) {
+            for shard in &self.shards {
+                for waiter in shard.lock().waiting.drain(..) {
+                    // Who went away need not know.
+                    let _ = waiter.told.send(Err(why.clone()));
+                }
+            }
+        }
+    }
+
+    /// Everything up to this round of the writer is on disk.
+    pub(super) fn set_durable(&self, round: u64) {
+        self.durable.store(round, Ordering::Release);
+    }
+
+    /// What the writer's round of that number carries of one shard, and who waits for it.
+    pub(super) fn take_queued(
+        &self,
+        shard: usize,
+        round: u64,
+        changes: &mut Vec<Change>,
+        waiting: &mut Vec<Waiter>,
+    ) {
         let mut shard = self.shards[shard].lock();
-        let Shard { cells, changed, .. } = &mut *shard;
-        let mut changes = Vec::with_capacity(changed.len());
-        for id in changed.drain(..) {
-            let entry = cells.find_mut(table_hash(id), |entry| entry.id == id);
-            changes.push((
+        let Shard { cells, queued, waiting: here, taken, .. } = &mut *shard;
+        *taken = round;
+        waiting.append(here);
+        self.queued.fetch_sub(queued.len(), Ordering::Relaxed);
+        for id in queued.drain(..) {
+            let entry = cells.find_mut(id);
+            changes.push(Change {
                 id,
-                entry.map(|entry| {
-                    entry.changed = false;
-                    (entry.number, entry.cell)
+                kept: entry.map(|entry| {
+                    entry.queued = false;
+                    (entry.number, entry.kept())
                 }),
-            ));
+            });
         }
-        changes
     }
 
-    /// Puts a cell that was recovered, and whether its record is to be written again.
-    pub(super) fn restore(&self, id: CellId, number: PolicyNumber, cell: Cell, changed: bool) {
-        let entry = Entry { id, cell, number, changed };
-        let mut shard = self.shards[shard_of(id)].lock();
-        if changed {
-            shard.changed.push(id);
+    /// What one shard has for the writer when it has time.
+    pub(super) fn take_lagging(&self, shard: usize, changes: &mut Vec<Change>) {
+        let mut shard = self.shards[shard].lock();
+        let Shard { cells, lagging, .. } = &mut *shard;
+        for id in lagging.drain(..) {
+            let entry = cells.find_mut(id);
+            changes.push(Change {
+                id,
+                kept: entry.map(|entry| {
+                    entry.lagging = false;
+                    (entry.number, entry.kept())
+                }),
+            });
         }
-        shard.cells.insert_unique(table_hash(id), entry, |entry| table_hash(entry.id));
+    }
+
+    /// The exact state of every cell of one shard of which something else is on disk.
+    pub(super) fn exact(&self, shard: usize, mut visit: impl FnMut(CellId, PolicyNumber, Cell)) {
+        for entry in self.shards[shard].lock().cells.iter() {
+            if !entry.on_disk || entry.kept() != entry.cell() {
+                visit(entry.id, entry.number, entry.cell());
+            }
+        }
+    }
+
+    /// Puts a cell that was recovered; whether its record is on disk, and is to be written again.
+    pub(super) fn restore(
+        &self,
+        id: CellId,
+        number: PolicyNumber,
+        cell: Cell,
+        on_disk: bool,
+        rewrite: bool,
+    ) {
+        let mut shard = self.shards[shard_of(id)].lock();
+        let entry = shard.cells.insert(Entry::new(id, number, cell));
+        (entry.on_disk, entry.lagging) = (on_disk, rewrite);
+        if rewrite {
+            shard.lagging.push(id);
+        }
         self.live.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Deletes a cell that was recovered, but is full by now.
-    pub(super) fn forget(&self, id: CellId) {
-        self.shards[shard_of(id)].lock().changed.push(id);
+    fn check_alive(&self) -> Result<(), StorageError> {
+        self.over.get().cloned().map_or(Ok(()), Err)
     }
 
+    /// Writes what changed to the locked shards, and queues what must be on disk before anybody is told.
     fn write(
         &self,
-        shard: &mut Shard,
-        (id, number): (CellId, PolicyNumber),
-        cell: Cell,
-        room: &mut Option<Reservation>,
-    ) {
-        let hash = table_hash(id);
-        match shard.cells.find_mut(hash, |entry| entry.id == id) {
-            Some(entry) => {
-                entry.cell = cell;
-                if self.kept && !entry.changed {
-                    entry.changed = true;
-                    shard.changed.push(id);
+        locked: &mut Locked<'_>,
+        changes: &Changes<'_>,
+        room: &mut Option<Room>,
+        now: Time,
+    ) -> Result<Option<Durable>, StorageError> {
+        let durable = self.durable.load(Ordering::Acquire);
+        let keep = |change| locked.keep(change, durable, now);
+        let kept: ArrayVec<Kept, MAX_RULES> = changes.iter().map(keep).collect();
+        let new_marks = kept.iter().filter(|kept| matches!(kept, Kept::Queue(..))).count();
+        let (mut cells, mut slots) = match room {
+            Some(Room { cells, marks }) => (Some(cells), Some(marks)),
+            None => (None, None),
+        };
+        let mut own_slots = None;
+        if new_marks > 0 && slots.is_none() {
+            slots = Some(own_slots.insert(self.reserve_marks(new_marks)?));
+        }
+
+        let mut last = None;
+        for (change, kept) in changes.iter().zip(kept) {
+            let Shard { cells: table, queued, lagging, .. } = &mut *locked.shards[change.shard].1;
+            let entry = match change.place {
+                Some(place) => table.get_mut(place),
+                None => {
+                    take_one(cells.as_deref_mut(), &self.live);
+                    table.insert(Entry::new(change.id, change.number, change.cell))
                 }
-            }
-            None => {
-                let entry = Entry { id, cell, number, changed: self.kept };
-                shard.cells.insert_unique(hash, entry, |entry| table_hash(entry.id));
-                if !room.as_mut().is_some_and(Reservation::keep_one) {
-                    self.live.fetch_add(1, Ordering::Relaxed);
+            };
+            entry.set_cell(change.cell);
+            match kept {
+                Kept::Enough => {}
+                Kept::Behind if entry.lagging => {}
+                Kept::Behind => {
+                    (entry.lagging, entry.on_disk) = (true, true);
+                    lagging.push(change.id);
                 }
-                if self.kept {
-                    shard.changed.push(id);
+                Kept::OnItsWay(round) => last = last.max(Some((round, change.shard))),
+                Kept::Queue(marked, round) => {
+                    entry.set_mark(marked);
+                    if !entry.queued {
+                        entry.queued = true;
+                        queued.push(change.id);
+                        take_one(slots.as_deref_mut(), &self.queued);
+                    }
+                    last = last.max(Some((round, change.shard)));
                 }
             }
         }
+        let Some((round, shard)) = last else { return Ok(None) };
+        let (told, durable) = oneshot::channel();
+        locked.shards[shard].1.waiting.push(Waiter { round, told });
+        // If a word waits already, the writer will look at all of it.
+        let _ = self.wake.try_send(());
+        Ok(Some(durable))
     }
 
-    fn check_alive(&self) -> Result<(), StorageError> {
-        self.failure.get().map_or(Ok(()), |cause| Err(StorageError::Failed(Arc::clone(cause))))
+    fn reserve_marks(&self, amount: usize) -> Result<Reservation, StorageError> {
+        let reserved = Reservation::of(&self.queued, amount, limits::QUEUED_MARKS);
+        reserved.ok_or(StorageError::Behind(limits::QUEUED_MARKS))
+    }
+}
+
+/// Counts one as taken, of what was reserved if there is some left.
+fn take_one(reserved: Option<&mut Reservation>, taken: &AtomicUsize) {
+    if !reserved.is_some_and(Reservation::keep_one) {
+        taken.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A cell that changes under its shard's lock.
+struct Changed<'a> {
+    id: CellId,
+    number: PolicyNumber,
+    policy: &'a Policy,
+    keeping: Keeping,
+    /// The index of its shard among those that are locked, and where it is there.
+    shard: usize,
+    place: Option<u32>,
+    cell: Cell,
+}
+
+type Changes<'a> = ArrayVec<Changed<'a>, MAX_RULES>;
+
+/// What a changed cell needs of the disk.
+enum Kept {
+    /// Nothing: it is not kept, or a mark that is durable covers it.
+    Enough,
+    /// To be written when the writer has time.
+    Behind,
+    /// A round that is not durable yet carries a mark that covers it.
+    OnItsWay(u64),
+    /// A new mark, and the round that will carry it.
+    Queue(Marked, u64),
+}
+
+/// How far the next mark of a cell runs ahead: twice as far as one that lasted for less than a second, and
+/// not at all for one that nobody asked for in a while. So a hot key is written about once a second, and a
+/// cold one loses nothing in a crash.
+fn next_step(last: Option<Marked>, now: Time) -> u8 {
+    let Some(last) = last else { return 0 };
+    match Duration::from_nanos(now.nanos_since(last.mark.at())) {
+        lasted if lasted < limits::MARK_LASTS => (last.step + 1).min(63),
+        lasted if lasted < 10 * limits::MARK_LASTS => last.step,
+        _ => 0,
     }
 }
 
@@ -149,39 +310,47 @@ impl Storage for Embedded {
     fn apply(
         &self,
         charge: &Charge<'_>,
-        mut room: Option<Reservation>,
+        mut room: Option<Room>,
         now: Time,
     ) -> Result<Answer<Decision>, StorageError> {
+        let mut locked = Locked::new(self, charge.asks.iter().map(|ask| ask.cell));
         self.check_alive()?;
+        let now = locked.not_before_a_sweep(now);
 
-        let mut ids = ArrayVec::<(CellId, PolicyNumber), MAX_RULES>::new();
+        let mut found = ArrayVec::<Found, MAX_RULES>::new();
+        let mut cells = Cells::new();
         let mut rules = Rules::new();
         for ask in &charge.asks {
-            let cell = ids.iter().position(|(id, _)| *id == ask.cell).unwrap_or_else(|| {
-                ids.push((ask.cell, ask.number));
-                ids.len() - 1
+            let known = found.iter().position(|found| found.id == ask.cell);
+            let cell = known.unwrap_or_else(|| {
+                let place = locked.find(ask.cell);
+                cells.push(place.cell);
+                found.push(place);
+                found.len() - 1
             });
             rules.push(Rule { cell, policy: ask.policy, cost: ask.cost });
         }
-
-        let mut shards = Locked::new(self, &ids);
-        let now = shards.not_before_a_sweep(now);
-        let mut cells: Cells = ids.iter().map(|(id, _)| shards.read(*id)).collect();
         let creates =
             |rule: &&Rule<'_>| cells[rule.cell].is_none() && may_create(rule.policy, rule.cost);
-        let new = rules.iter().filter(creates).count();
-        if new > 0 && room.is_none() && self.live() + new > self.capacity {
-            return Err(StorageError::Full(self.live()));
-        }
-
-        let before = cells.clone();
-        let decision = fusebox_core::apply(&rules, charge.charging, &mut cells, now);
-        for (id, (before, after)) in ids.into_iter().zip(before.iter().zip(&cells)) {
-            if let Some(cell) = after.filter(|_| before != after) {
-                shards.write(id, cell, &mut room);
+        if room.is_none() {
+            let new = rules.iter().filter(creates).count();
+            if new > 0 && self.live() + new > self.capacity {
+                return Err(StorageError::Full(self.live()));
             }
         }
-        Ok(Answer::Now(decision))
+
+        let decision = fusebox_core::apply(&rules, charge.charging, &mut cells, now);
+        let mut changes = Changes::new();
+        for (index, (found, after)) in found.iter().zip(&cells).enumerate() {
+            let Some(cell) = after.filter(|_| *after != found.cell) else { continue };
+            let Some(ask) = (rules.iter().zip(&charge.asks)).find(|(rule, _)| rule.cell == index)
+            else {
+                continue;
+            };
+            changes.push(found.changed(ask.1.number, ask.1.policy, ask.1.keeping, cell));
+        }
+        let durable = self.write(&mut locked, &changes, &mut room, now)?;
+        Ok(Answer::new(decision, durable))
     }
 
     fn settle(
@@ -189,47 +358,47 @@ impl Storage for Embedded {
         settlement: &Settlement<'_>,
         now: Time,
     ) -> Result<Answer<Settled<Cell>>, StorageError> {
+        let mut locked = Locked::new(self, [settlement.cell]);
         self.check_alive()?;
-        let id = settlement.cell;
-        let mut shard = self.shards[shard_of(id)].lock();
-        let now = now.max(shard.swept);
-        let mut cell =
-            shard.cells.find(table_hash(id), |entry| entry.id == id).map(|entry| entry.cell);
-        let settled = fusebox_core::settle(
-            settlement.policy,
-            &mut cell,
-            settlement.charged,
-            settlement.actual,
-            now,
-        );
-        if let Some(cell) = cell {
-            self.write(&mut shard, (id, settlement.number), cell, &mut None);
-        }
-        Ok(Answer::Now(settled))
+        let now = locked.not_before_a_sweep(now);
+        let found = locked.find(settlement.cell);
+        let Settlement { number, policy, keeping, charged, actual, .. } = *settlement;
+        let mut cell = found.cell;
+        let settled = fusebox_core::settle(policy, &mut cell, charged, actual, now);
+        let changed = cell.filter(|_| cell != found.cell);
+        let changes =
+            changed.map(|cell| found.changed(number, policy, keeping, cell)).into_iter().collect();
+        let durable = self.write(&mut locked, &changes, &mut None, now)?;
+        Ok(Answer::new(settled, durable))
     }
 
-    fn reserve(&self, charge: &Charge<'_>) -> Result<Reservation, StorageError> {
+    fn reserve(&self, charge: &Charge<'_>) -> Result<Room, StorageError> {
         self.check_alive()?;
         let creates = |ask: &&CellAsk<'_>| {
-            let shard = self.shards[shard_of(ask.cell)].lock();
-            let live = shard.cells.find(table_hash(ask.cell), |entry| entry.id == ask.cell);
+            let live = self.shards[shard_of(ask.cell)].lock().cells.place(ask.cell);
             may_create(ask.policy, ask.cost) && live.is_none()
         };
-        let cells = charge.asks.iter().filter(creates).count();
-        Reservation::of(&self.live, cells, self.capacity).ok_or(StorageError::Full(self.live()))
+        let new = charge.asks.iter().filter(creates).count();
+        let cells = Reservation::of(&self.live, new, self.capacity);
+        let marked = |ask: &&CellAsk<'_>| ask.keeping == Keeping::Marked && ask.cost.tokens > 0;
+        Ok(Room {
+            cells: cells.ok_or_else(|| StorageError::Full(self.live()))?,
+            marks: self.reserve_marks(charge.asks.iter().filter(marked).count())?,
+        })
     }
 
     fn tend(&self, catalogue: &Catalogue, now: Time) {
         let next = self.tended.fetch_add(1, Ordering::Relaxed) % limits::CELL_SHARDS;
         let mut shard = self.shards[next].lock();
-        let Shard { cells, changed, swept } = &mut *shard;
+        let Shard { cells, lagging, swept, .. } = &mut *shard;
         let before = cells.len();
         cells.retain(|entry| {
             let policy = catalogue.numbered(entry.number);
-            let full_at = policy.map_or(Some(now), |policy| policy.settings.full_at(entry.cell));
-            let keep = full_at.is_none_or(|full_at| full_at > now);
-            if !keep && self.kept && !entry.changed {
-                changed.push(entry.id);
+            let leaves_at =
+                policy.map_or(Some(now), |policy| policy.settings.leaves_at(entry.cell()));
+            let keep = leaves_at.is_none_or(|leaves_at| leaves_at > now);
+            if !keep && entry.on_disk && !entry.lagging {
+                lagging.push(entry.id);
             }
             keep
         });
@@ -248,14 +417,33 @@ impl Storage for Embedded {
 /// The locks of the shards that some cells live in, taken in the order of the shards: two callers that
 /// want the same ones never wait for each other in a circle.
 struct Locked<'a> {
-    storage: &'a Embedded,
     shards: ArrayVec<(usize, MutexGuard<'a, Shard>), MAX_RULES>,
 }
 
+/// A cell, or the lack of one, in a locked shard.
+struct Found {
+    id: CellId,
+    shard: usize,
+    place: Option<u32>,
+    cell: Option<Cell>,
+}
+
+impl Found {
+    fn changed<'a>(
+        &self,
+        number: PolicyNumber,
+        policy: &'a Policy,
+        keeping: Keeping,
+        cell: Cell,
+    ) -> Changed<'a> {
+        let Self { id, shard, place, .. } = *self;
+        Changed { id, number, policy, keeping, shard, place, cell }
+    }
+}
+
 impl<'a> Locked<'a> {
-    fn new(storage: &'a Embedded, ids: &[(CellId, PolicyNumber)]) -> Self {
-        let mut wanted: ArrayVec<usize, MAX_RULES> =
-            ids.iter().map(|(id, _)| shard_of(*id)).collect();
+    fn new(storage: &'a Embedded, ids: impl IntoIterator<Item = CellId>) -> Self {
+        let mut wanted: ArrayVec<usize, MAX_RULES> = ids.into_iter().map(shard_of).collect();
         wanted.sort_unstable();
         let mut shards = ArrayVec::<(usize, MutexGuard<'a, Shard>), MAX_RULES>::new();
         for index in wanted {
@@ -263,7 +451,7 @@ impl<'a> Locked<'a> {
                 shards.push((index, storage.shards[index].lock()));
             }
         }
-        Self { storage, shards }
+        Self { shards }
     }
 
     /// `now`, or the latest sweep of these shards.
@@ -271,16 +459,45 @@ impl<'a> Locked<'a> {
         self.shards.iter().fold(now, |now, (_, shard)| now.max(shard.swept))
     }
 
-    fn read(&self, id: CellId) -> Option<Cell> {
-        let (_, shard) = self.shards.iter().find(|(index, _)| *index == shard_of(id))?;
-        shard.cells.find(table_hash(id), |entry| entry.id == id).map(|entry| entry.cell)
+    /// Where a cell is.
+    ///
+    /// # Panics
+    /// If its shard is not locked.
+    fn find(&self, id: CellId) -> Found {
+        let (wanted, mut shards) = (shard_of(id), self.shards.iter());
+        let shard = shards.position(|(index, _)| *index == wanted).unwrap_or(usize::MAX);
+        let cells = &self.shards[shard].1.cells;
+        let place = cells.place(id);
+        Found { id, shard, place, cell: place.map(|place| cells.get(place).cell()) }
     }
 
-    fn write(&mut self, id: (CellId, PolicyNumber), cell: Cell, room: &mut Option<Reservation>) {
-        let shard = self.shards.iter_mut().find(|(index, _)| *index == shard_of(id.0));
-        if let Some((_, shard)) = shard {
-            self.storage.write(shard, id, cell, room);
+    /// What a changed cell needs of the disk.
+    fn keep(&self, change: &Changed<'_>, durable: u64, now: Time) -> Kept {
+        match change.keeping {
+            Keeping::AtStop => return Kept::Enough,
+            Keeping::Behind => return Kept::Behind,
+            Keeping::Marked => {}
         }
+        let shard = &self.shards[change.shard].1;
+        let entry = change.place.map(|place| shard.cells.get(place));
+        let entry = entry.filter(|entry| entry.cell().revision == change.cell.revision);
+        let last = entry.and_then(Entry::mark);
+        let (limit, state) = (&change.policy.limit, change.cell.state);
+        if let Some(last) = last.filter(|last| limit.covers(last.mark, state)) {
+            // What is not durable is in one of the next two rounds: the one that is being written and the
+            // one after it.
+            #[allow(clippy::cast_possible_truncation)]
+            return match last.round.wrapping_sub(durable as u32) {
+                ahead @ 1..=2 => Kept::OnItsWay(durable + u64::from(ahead)),
+                _ => Kept::Enough,
+            };
+        }
+        let step = next_step(last, now);
+        let tokens = if step == 0 { 0 } else { (1 << step).min(limit.max_step()) };
+        let round = shard.taken + 1;
+        #[allow(clippy::cast_possible_truncation)]
+        let marked = Marked { mark: limit.mark(state, tokens), round: round as u32, step };
+        Kept::Queue(marked, round)
     }
 }
 
@@ -292,10 +509,6 @@ fn may_create(policy: &Policy, cost: Cost) -> bool {
 /// The id is a hash already: one half chooses the shard, the other the place in its table.
 fn shard_of(id: CellId) -> usize {
     (id.0[0] >> 32) as usize % limits::CELL_SHARDS
-}
-
-fn table_hash(id: CellId) -> u64 {
-    id.0[1]
 }
 
 #[cfg(test)]
@@ -319,6 +532,7 @@ mod tests {
             cell: CellId([*cell << 32, *cell]),
             number: PolicyNumber(0),
             policy,
+            keeping: Keeping::AtStop,
             cost: Cost { tokens, estimated: false },
         };
         Charge { charging: Charging::AllOrNothing, asks: cells.iter().map(ask).collect() }
@@ -326,7 +540,7 @@ mod tests {
 
     #[test]
     fn a_full_server_serves_live_keys_on_and_charges_nothing_for_new_ones() {
-        let (policy, cells) = (policy(), Embedded::new(false, 2));
+        let (policy, cells) = (policy(), Embedded::new(2).0);
         let apply = |ids: &[u64], tokens| cells.apply(&charge(&policy, ids, tokens), None, NOW);
         assert!(apply(&[1, 2], 1).is_ok());
         assert!(matches!(apply(&[3], 1), Err(StorageError::Full(2))));
@@ -338,11 +552,11 @@ mod tests {
 
     #[test]
     fn more_than_there_is_room_for_may_be_recovered_and_is_served() {
-        let (policy, cells) = (policy(), Embedded::new(false, 1));
+        let (policy, cells) = (policy(), Embedded::new(1).0);
         let state = fusebox_core::token_bucket::State { spent: 5, remainder: 0, out: 0, at: NOW };
         let cell = Cell { revision: 1, state: fusebox_core::State::TokenBucket(state) };
         for id in [1, 2] {
-            cells.restore(CellId([id << 32, id]), PolicyNumber(0), cell, false);
+            cells.restore(CellId([id << 32, id]), PolicyNumber(0), cell, false, false);
         }
         let apply = |id| cells.apply(&charge(&policy, &[id], 5), None, NOW);
         assert!(apply(1).is_ok() && apply(2).is_ok());
@@ -352,7 +566,7 @@ mod tests {
 
     #[test]
     fn room_is_reserved_for_what_is_new_and_no_more_than_that() {
-        let (policy, cells) = (policy(), Embedded::new(false, 2));
+        let (policy, cells) = (policy(), Embedded::new(2).0);
         let live = charge(&policy, &[1], 1);
         let room = cells.reserve(&live).unwrap();
         assert!(cells.apply(&live, Some(room), NOW).is_ok());
@@ -370,25 +584,19 @@ mod tests {
 
     #[test]
     fn cells_that_are_full_leave_and_make_room() {
-        let (policy, cells) = (policy(), Embedded::new(true, 1));
+        let (policy, cells) = (policy(), Embedded::new(1).0);
         assert!(cells.apply(&charge(&policy, &[1], 1), None, NOW).is_ok());
         // An empty catalogue knows no policy, so nothing holds the cell.
         for _ in 0..cells.shards() {
             cells.tend(&Catalogue::default(), NOW);
         }
         assert_eq!(cells.live(), 0);
-        let changes: Vec<_> =
-            (0..cells.shards()).flat_map(|shard| cells.take_changes(shard)).collect();
-        assert!(
-            matches!(changes[..], [(CellId([_, 1]), None)]),
-            "the writer deletes it: {changes:?}"
-        );
         assert!(cells.apply(&charge(&policy, &[2], 1), None, NOW).is_ok());
     }
 
     #[test]
     fn a_caller_that_is_late_does_not_find_a_swept_cell_full_before_it_was() {
-        let (policy, cells) = (policy(), Embedded::new(false, 10));
+        let (policy, cells) = (policy(), Embedded::new(10).0);
         let at = |millis: u64| Time::from_nanos(millis * 1_000_000);
         let apply = |tokens, now| {
             let answer = cells.apply(&charge(&policy, &[1], tokens), None, now).unwrap();
@@ -406,7 +614,7 @@ mod tests {
 
     #[test]
     fn a_policy_that_denies_all_needs_no_room() {
-        let (policy, cells) = (policy(), Embedded::new(false, 1));
+        let (policy, cells) = (policy(), Embedded::new(1).0);
         assert!(cells.apply(&charge(&policy, &[1], 1), None, NOW).is_ok());
         let nothing = TokenBucket::new(0, Duration::from_secs(1), 0).unwrap();
         let closed = Policy::new(Limit::TokenBucket(nothing), 0);

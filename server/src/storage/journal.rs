@@ -1,5 +1,6 @@
 //! The blocking byte store under the cells.
 
+mod directory;
 mod sled;
 
 use thiserror::Error;
@@ -20,7 +21,7 @@ pub trait Journal: Send + 'static {
     /// Calls `visit` with every key and value of a keyspace, in the order of the keys.
     ///
     /// # Errors
-    /// If one cannot be read, or the first error of `visit`.
+    /// If one cannot be read, if they are not those that were written, or the first error of `visit`.
     fn scan(&self, keyspace: Keyspace, visit: &mut Visit<'_>) -> Result<(), JournalError>;
 
     /// Applies all writes of a batch, or none.
@@ -34,6 +35,40 @@ pub trait Journal: Send + 'static {
     /// # Errors
     /// If it cannot; a journal that failed once is not used again.
     fn sync(&mut self) -> Result<(), JournalError>;
+
+    /// The latest commit that is known to have been synced, told by something that fails apart from the
+    /// journal: one that is behind it has lost something.
+    fn witnessed(&self) -> u64;
+
+    /// Makes the number of a commit that is synced the [witnessed](Self::witnessed) one, and returns when
+    /// that survives a loss of power.
+    ///
+    /// # Errors
+    /// If it cannot; a journal that failed once is not used again.
+    fn witness(&mut self, commit: u64) -> Result<(), JournalError>;
+
+    /// A short piece of the journal's own housekeeping, with so many records alive. Whether there is more.
+    ///
+    /// # Errors
+    /// If it cannot; a journal that failed once is not used again.
+    fn tidy(&mut self, live: usize) -> Result<bool, JournalError>;
+
+    /// Gives up the housekeeping that is under way: what follows is the end.
+    fn stop_tidying(&mut self);
+
+    /// What it has done so far.
+    fn stats(&self) -> Stats;
+}
+
+/// What a journal has done since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Times that the disk was asked to keep what it was given.
+    pub syncs: u64,
+    /// Times that what is alive was moved to a fresh store.
+    pub rotations: u64,
+    /// Bytes of the store.
+    pub bytes: u64,
 }
 
 /// What [`Journal::scan`] calls.
@@ -52,6 +87,13 @@ pub enum Keyspace {
     Policies = 1,
     /// Cells by id.
     Cells = 2,
+    /// Grants by id, written by a clean stop.
+    Grants = 3,
+}
+
+impl Keyspace {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Meta, Self::Policies, Self::Cells, Self::Grants];
 }
 
 /// Writes that are applied together.
@@ -92,6 +134,17 @@ pub enum JournalError {
         "data directory `{0}` is in use: another fusebox serves from it; stop that one, or use --data"
     )]
     InUse(String),
+    /// Somebody else's.
+    #[error(
+        "directory `{directory}` is not empty and holds no data of fusebox, but `{found}`; \
+         use a new or empty one with --data"
+    )]
+    NotOurs {
+        /// The directory.
+        directory: String,
+        /// Something that is in it.
+        found: String,
+    },
     /// The store says no.
     #[error("cannot {action} the data directory: {cause}")]
     Io {
@@ -101,8 +154,17 @@ pub enum JournalError {
         cause: String,
     },
     /// What is there is not what was written.
-    #[error("the data directory holds {0}; restore a copy of it, or use another one with --data")]
-    Corrupt(String),
+    #[error(
+        "the data directory is damaged: {0}. Restore a copy of it, use another one with --data, or start \
+         with --accept-loss: then what is lost of what was spent may be spent again"
+    )]
+    Damaged(String),
+    /// What is there is not what was written, and nothing can be made of it.
+    #[error(
+        "the data directory is damaged: {0}. Restore a copy of it, or use another one with --data: then \
+         every quota starts full"
+    )]
+    Broken(String),
 }
 
 impl JournalError {
@@ -142,5 +204,23 @@ impl Journal for Nothing {
 
     fn sync(&mut self) -> Result<(), JournalError> {
         Ok(())
+    }
+
+    fn witnessed(&self) -> u64 {
+        0
+    }
+
+    fn witness(&mut self, _: u64) -> Result<(), JournalError> {
+        Ok(())
+    }
+
+    fn tidy(&mut self, _: usize) -> Result<bool, JournalError> {
+        Ok(false)
+    }
+
+    fn stop_tidying(&mut self) {}
+
+    fn stats(&self) -> Stats {
+        Stats::default()
     }
 }

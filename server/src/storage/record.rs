@@ -8,7 +8,12 @@ use fusebox_core::{
 };
 use prost::{Message, Oneof};
 
-use crate::{catalogue::PolicyNumber, clock::ClockPair};
+use super::OpenGrant;
+use crate::{
+    app::GrantId,
+    catalogue::{CellId, PolicyNumber},
+    clock::ClockPair,
+};
 
 /// Version of these records and their keys. A data directory of another version is not opened.
 pub(super) const FORMAT: u32 = 1;
@@ -29,13 +34,41 @@ pub(super) struct Directory {
     pub(super) next_policy: u32,
 }
 
-/// One moment on both clocks, rewritten with every commit.
+/// The last commit: its number, and its moment on both clocks. Part of every commit.
 #[derive(Clone, Copy, PartialEq, Message)]
-pub(super) struct Clocks {
+pub(super) struct CommitRecord {
     #[prost(uint64, tag = "1")]
     server_nanos: u64,
     #[prost(uint64, tag = "2")]
     wall_nanos: u64,
+    #[prost(uint64, tag = "3")]
+    pub(super) number: u64,
+}
+
+/// Says that a start ended as it should: what it wrote last is exact.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(super) struct CleanStop {
+    /// The start that it ended.
+    #[prost(uint64, tag = "1")]
+    pub(super) boot: u64,
+}
+
+/// An open grant, written by a clean stop.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(super) struct GrantRecord {
+    #[prost(uint32, tag = "1")]
+    number: u32,
+    #[prost(fixed64, tag = "2")]
+    cell_high: u64,
+    #[prost(fixed64, tag = "3")]
+    cell_low: u64,
+    #[prost(uint64, tag = "4")]
+    amount: u64,
+    #[prost(uint64, tag = "5")]
+    expires_at_nanos: u64,
+    /// The start that wrote it: beside the clean stop of another it says nothing.
+    #[prost(uint64, tag = "6")]
+    pub(super) exact_of: u64,
 }
 
 /// A policy: what its cells call it, and the settings they were counted in.
@@ -55,6 +88,12 @@ pub(super) struct PolicyRecord {
     max_debt: u64,
     #[prost(message, repeated, tag = "7")]
     formers: Vec<FormerRecord>,
+    /// Its cells are not written while they live.
+    #[prost(bool, tag = "8")]
+    pub(super) fast: bool,
+    /// What a cell that is not there is, if not full.
+    #[prost(message, optional, tag = "9")]
+    absent: Option<CellRecord>,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -89,7 +128,7 @@ struct TokenBucketRecord {
     burst: u64,
 }
 
-/// A cell of the policy of that number.
+/// A cell of the policy of that number: an upper bound of what it has spent.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub(super) struct CellRecord {
     #[prost(uint32, tag = "1")]
@@ -98,6 +137,9 @@ pub(super) struct CellRecord {
     revision: u32,
     #[prost(oneof = "StateRecord", tags = "3")]
     state: Option<StateRecord>,
+    /// The start whose clean stop wrote it, if one did. Beside the record of that stop it is exact.
+    #[prost(uint64, tag = "4")]
+    pub(super) exact_of: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Oneof)]
@@ -116,9 +158,10 @@ struct TokenBucketState {
     at_nanos: u64,
 }
 
-impl Clocks {
-    pub(super) fn of(pair: ClockPair) -> Self {
-        Self { server_nanos: pair.server.as_nanos(), wall_nanos: saturating_nanos(pair.wall) }
+impl CommitRecord {
+    pub(super) fn of(number: u64, pair: ClockPair) -> Self {
+        let (server_nanos, wall_nanos) = (pair.server.as_nanos(), saturating_nanos(pair.wall));
+        Self { server_nanos, wall_nanos, number }
     }
 
     pub(super) fn pair(self) -> ClockPair {
@@ -130,7 +173,13 @@ impl Clocks {
 }
 
 impl PolicyRecord {
-    pub(super) fn of(namespace: &str, name: &str, number: PolicyNumber, policy: &Policy) -> Self {
+    pub(super) fn of(
+        namespace: &str,
+        name: &str,
+        number: PolicyNumber,
+        policy: &Policy,
+        fast: bool,
+    ) -> Self {
         Self {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
@@ -139,6 +188,8 @@ impl PolicyRecord {
             limit: Some(LimitRecord::of(&policy.limit)),
             max_debt: policy.max_debt,
             formers: policy.formers.iter().map(FormerRecord::of).collect(),
+            fast,
+            absent: policy.absent.map(|cell| CellRecord::of(number, cell)),
         }
     }
 
@@ -152,6 +203,10 @@ impl PolicyRecord {
             revision: self.revision,
             max_debt: self.max_debt,
             formers: self.formers.iter().map(FormerRecord::former).collect::<Option<Formers>>()?,
+            absent: match self.absent {
+                Some(absent) => Some(absent.cell()?),
+                None => None,
+            },
         })
     }
 }
@@ -192,7 +247,8 @@ impl LimitRecord {
 }
 
 impl CellRecord {
-    /// What is out is not written: what a restart interrupts stays charged.
+    /// What is out is not written: what a crash interrupts stays charged, and what a clean stop leaves open
+    /// is known by its grants.
     pub(super) fn of(number: PolicyNumber, cell: Cell) -> Self {
         let State::TokenBucket(state) = cell.state;
         let state = StateRecord::TokenBucket(TokenBucketState {
@@ -200,13 +256,18 @@ impl CellRecord {
             remainder: state.remainder,
             at_nanos: state.at.as_nanos(),
         });
-        Self { number: number.0, revision: cell.revision, state: Some(state) }
+        Self { number: number.0, revision: cell.revision, state: Some(state), exact_of: 0 }
     }
 
-    /// The cell; `None` if the record makes no sense.
+    /// The cell as a clean stop of that start leaves it.
+    pub(super) fn exact(number: PolicyNumber, cell: Cell, boot: u64) -> Self {
+        Self { exact_of: boot, ..Self::of(number, cell) }
+    }
+
+    /// The cell with nothing out; `None` if the record makes no sense.
     pub(super) fn cell(self) -> Option<Cell> {
-        let StateRecord::TokenBucket(TokenBucketState { spent, remainder, at_nanos }) =
-            self.state?;
+        let StateRecord::TokenBucket(state) = self.state?;
+        let TokenBucketState { spent, remainder, at_nanos } = state;
         // More than a burst and as much debt, or than a part of one token: no cell has that.
         if spent > 2 * token_bucket::MAX_TOKENS
             || remainder >= saturating_nanos(token_bucket::MAX_PER)
@@ -217,4 +278,42 @@ impl CellRecord {
         let state = token_bucket::State { spent, remainder, out: 0, at };
         Some(Cell { revision: self.revision, state: State::TokenBucket(state) })
     }
+}
+
+impl GrantRecord {
+    pub(super) fn of(grant: &OpenGrant, boot: u64) -> Self {
+        Self {
+            number: grant.number.0,
+            cell_high: grant.cell.0[0],
+            cell_low: grant.cell.0[1],
+            amount: grant.amount,
+            expires_at_nanos: grant.expires_at.as_nanos(),
+            exact_of: boot,
+        }
+    }
+
+    pub(super) fn grant(self, id: GrantId) -> OpenGrant {
+        OpenGrant {
+            id,
+            number: PolicyNumber(self.number),
+            cell: CellId([self.cell_high, self.cell_low]),
+            amount: self.amount,
+            expires_at: Time::from_nanos(self.expires_at_nanos),
+        }
+    }
+}
+
+/// The key of a grant.
+pub(super) fn grant_key(id: GrantId) -> [u8; 24] {
+    let mut key = [0; 24];
+    key[..8].copy_from_slice(&id.boot.to_be_bytes());
+    key[8..].copy_from_slice(&id.secret.to_be_bytes());
+    key
+}
+
+/// The grant of a key; `None` if it is not one.
+pub(super) fn grant_of_key(key: &[u8]) -> Option<GrantId> {
+    let (boot, secret) = key.split_first_chunk()?;
+    let secret = u128::from_be_bytes(secret.try_into().ok()?);
+    Some(GrantId { boot: u64::from_be_bytes(*boot), secret })
 }

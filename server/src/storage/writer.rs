@@ -1,66 +1,209 @@
 //! Follows the memory of [`Embedded`] on disk.
 
 use std::{
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::Ordering,
+        mpsc::{Receiver, RecvTimeoutError},
+    },
 };
 
+use fusebox_core::{Cell, Time};
 use prost::Message;
 
 use super::{
-    Embedded,
+    Embedded, OpenGrant, Storage, StorageError,
+    embedded::{Change, Waiter},
     journal::{Batch, Journal, JournalError, Keyspace},
-    record::{CellRecord, Clocks},
+    record::{CellRecord, CleanStop, CommitRecord, GrantRecord, grant_key},
 };
-use crate::clock::ServerClock;
+use crate::{
+    catalogue::{CellId, PolicyNumber},
+    clock::ServerClock,
+    counters::Disk,
+    limits,
+};
 
-/// Key of the record of both clocks.
-pub(super) const CLOCKS: &[u8] = b"clocks";
+/// Key of the record of the last commit.
+pub(super) const COMMIT: &[u8] = b"commit";
 
-/// Writes what changed, `durability: relaxed`: a crash forgets what was charged since the last round.
+/// Key of the record that says that the last start ended as it should.
+pub(super) const CLEAN_STOP: &[u8] = b"clean-stop";
+
+/// Writes what is queued, and tells those who wait for it: a loop over a journal, one commit for everything
+/// that came while the last one was synced.
 pub struct Writer {
     cells: Arc<Embedded>,
-    journal: Box<dyn Journal>,
-    clock: ServerClock,
+    journal: Numbered,
+    /// Words of those who queued something.
+    woken: Receiver<()>,
+    boot: u64,
+    disk: Arc<Disk>,
+    /// Rounds done; the marks of cells know in which they are.
+    round: u64,
+    /// Who waits for a later round than the one that found them.
+    waiting: Vec<Waiter>,
+    /// The shards that are yet to be caught up with.
+    behind: Range<usize>,
+    /// When the writer last began to catch up.
+    caught_up: Time,
     failed: bool,
 }
 
+/// What a round of the writer leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Nothing: the next round is when there is something new.
+    Nothing,
+    /// More to do, at once.
+    More,
+}
+
+/// A journal whose commits are numbered, and carry the moment that they were made at.
+pub(super) struct Numbered {
+    journal: Box<dyn Journal>,
+    clock: ServerClock,
+    commit: u64,
+}
+
+impl Numbered {
+    /// Goes on after the commit of that number.
+    pub(super) fn new(journal: Box<dyn Journal>, clock: ServerClock, commit: u64) -> Self {
+        Self { journal, clock, commit }
+    }
+
+    /// The journal, to be read.
+    pub(super) fn store(&self) -> &dyn Journal {
+        &*self.journal
+    }
+
+    pub(super) fn commit(&mut self, mut batch: Batch) -> Result<(), JournalError> {
+        self.commit += 1;
+        let record = CommitRecord::of(self.commit, self.clock.pair());
+        batch.put(Keyspace::Meta, COMMIT, record.encode_to_vec());
+        self.journal.commit(batch)
+    }
+
+    /// Everything committed is on disk, and its number is known to be.
+    pub(super) fn sync_witnessed(&mut self) -> Result<(), JournalError> {
+        self.journal.sync()?;
+        self.journal.witness(self.commit)
+    }
+
+    /// Commits records in parts of a bounded size, without a sync.
+    pub(super) fn commit_all(
+        &mut self,
+        records: impl IntoIterator<Item = (Keyspace, Vec<u8>, Option<Vec<u8>>)>,
+    ) -> Result<(), JournalError> {
+        let mut batch = Batch::default();
+        for (keyspace, key, value) in records {
+            match value {
+                Some(value) => batch.put(keyspace, key, value),
+                None => batch.delete(keyspace, key),
+            }
+            if batch.writes.len() == limits::COMMIT_RECORDS {
+                self.commit(std::mem::take(&mut batch))?;
+            }
+        }
+        if batch.writes.is_empty() { Ok(()) } else { self.commit(batch) }
+    }
+}
+
 impl Writer {
-    pub(super) fn new(cells: Arc<Embedded>, journal: Box<dyn Journal>, clock: ServerClock) -> Self {
-        Self { cells, journal, clock, failed: false }
+    pub(super) fn new(
+        cells: Arc<Embedded>,
+        journal: Numbered,
+        woken: Receiver<()>,
+        boot: u64,
+    ) -> Self {
+        let disk = Disk { queued: cells.queued(), ..Disk::default() };
+        disk.set(journal.journal.stats());
+        Self {
+            cells,
+            journal,
+            woken,
+            boot,
+            disk: Arc::new(disk),
+            round: 0,
+            waiting: Vec::new(),
+            behind: 0..0,
+            caught_up: Time::ZERO,
+            failed: false,
+        }
     }
 
     /// Whether what is written can be read again: not under engine `memory`.
     pub fn keeps(&self) -> bool {
-        self.journal.keeps()
+        self.journal.journal.keeps()
     }
 
-    /// One round: every cell that changed since the last, each once. What it wrote is on disk.
+    /// What it counts.
+    pub fn disk(&self) -> Arc<Disk> {
+        Arc::clone(&self.disk)
+    }
+
+    /// Waits until something is queued, or it is time to catch up with what nobody waits for.
+    pub fn wait(&mut self) {
+        let caught_up = self.caught_up.after(limits::RELAXED_INTERVAL);
+        if self.woken.recv_timeout(limits::RELAXED_INTERVAL) == Err(RecvTimeoutError::Timeout)
+            || self.journal.clock.now() >= caught_up
+        {
+            self.catch_up();
+        }
+    }
+
+    /// From the next round on, looks at everything that nobody waits for.
+    pub fn catch_up(&mut self) {
+        if self.behind.is_empty() {
+            self.behind = 0..self.cells.shards();
+            self.caught_up = self.journal.clock.now();
+        }
+    }
+
+    /// One round: all that is queued, and some of what nobody waits for, in one commit. When it returns,
+    /// that is on disk, and those who waited for it are told.
     ///
     /// # Errors
     /// The first failure is final: nothing is admitted or written any more.
-    pub fn round(&mut self) -> Result<(), JournalError> {
-        self.guarded(Self::write_changes)
+    pub fn round(&mut self) -> Result<Left, JournalError> {
+        self.guarded(Self::write_round)
     }
 
-    /// The last round: returns when all of it is on disk.
+    /// The last rounds: nothing is decided any more, and what is on disk is exact.
     ///
     /// # Errors
     /// If it could not be written, now or in an earlier round.
-    pub fn finish(mut self) -> Result<(), JournalError> {
+    pub fn finish(mut self, grants: &[OpenGrant]) -> Result<(), JournalError> {
+        self.cells.stop();
         self.guarded(|writer| {
-            writer.write_changes()?;
+            writer.journal.journal.stop_tidying();
+            writer.behind = 0..writer.cells.shards();
+            while writer.write_round()? == Left::More {}
+            // Grants, and cells that only a clean stop writes, go on if all of them are there.
+            let boot = writer.boot;
+            let exact = writer.exact_cells();
+            let cells = exact.into_iter().map(|(id, number, cell)| {
+                let record = CellRecord::exact(number, cell, boot).encode_to_vec();
+                (Keyspace::Cells, id.to_bytes().to_vec(), Some(record))
+            });
+            let grants = grants.iter().map(|grant| {
+                let record = GrantRecord::of(grant, boot).encode_to_vec();
+                (Keyspace::Grants, grant_key(grant.id).to_vec(), Some(record))
+            });
+            writer.journal.commit_all(grants.chain(cells))?;
             let mut batch = Batch::default();
-            batch.put(Keyspace::Meta, CLOCKS, writer.clocks());
+            batch.put(Keyspace::Meta, CLEAN_STOP, CleanStop { boot }.encode_to_vec());
             writer.journal.commit(batch)?;
-            writer.journal.sync()
+            writer.journal.sync_witnessed()
         })
     }
 
-    fn guarded(
+    fn guarded<T>(
         &mut self,
-        write: impl FnOnce(&mut Self) -> Result<(), JournalError>,
-    ) -> Result<(), JournalError> {
+        write: impl FnOnce(&mut Self) -> Result<T, JournalError>,
+    ) -> Result<T, JournalError> {
         if self.failed {
             return Err(JournalError::Io {
                 action: "write",
@@ -72,34 +215,69 @@ impl Writer {
         let written = written.unwrap_or_else(|_| Err(JournalError::panicked("write")));
         written.inspect_err(|error| {
             self.failed = true;
-            self.cells.fail(&error.to_string());
+            let failure = StorageError::Failed(error.to_string().into());
+            self.cells.end(&failure);
+            for waiter in self.waiting.drain(..) {
+                // Who went away need not know.
+                let _ = waiter.told.send(Err(failure.clone()));
+            }
         })
     }
 
-    fn write_changes(&mut self) -> Result<(), JournalError> {
-        let mut wrote = false;
+    fn write_round(&mut self) -> Result<Left, JournalError> {
+        let round = self.round + 1;
+        let mut changes = Vec::new();
         for shard in 0..self.cells.shards() {
-            let mut batch = Batch::default();
-            for (id, cell) in self.cells.take_changes(shard) {
-                match cell {
-                    Some((number, cell)) => {
-                        let record = CellRecord::of(number, cell).encode_to_vec();
-                        batch.put(Keyspace::Cells, id.to_bytes(), record);
-                    }
-                    None => batch.delete(Keyspace::Cells, id.to_bytes()),
-                }
-            }
-            if batch.writes.is_empty() {
-                continue;
-            }
-            batch.put(Keyspace::Meta, CLOCKS, self.clocks());
-            self.journal.commit(batch)?;
-            wrote = true;
+            self.cells.take_queued(shard, round, &mut changes, &mut self.waiting);
         }
-        if wrote { self.journal.sync() } else { Ok(()) }
+        let awaited = !changes.is_empty();
+        let slice = changes.len() + limits::WRITER_SLICE;
+        while changes.len() < slice
+            && let Some(shard) = self.behind.next()
+        {
+            self.cells.take_lagging(shard, &mut changes);
+        }
+        if !changes.is_empty() {
+            self.disk.records.fetch_add(changes.len() as u64, Ordering::Relaxed);
+            self.disk.commits.fetch_add(1, Ordering::Relaxed);
+            self.journal.commit(batch_of(changes))?;
+            if awaited {
+                self.journal.sync_witnessed()?;
+            } else {
+                self.journal.journal.sync()?;
+            }
+        }
+        self.round = round;
+        self.cells.set_durable(round);
+        for waiter in self.waiting.extract_if(.., |waiter| waiter.round <= round) {
+            // Who went away need not know.
+            let _ = waiter.told.send(Ok(()));
+        }
+        let untidy = self.journal.journal.tidy(self.cells.live())?;
+        self.disk.set(self.journal.journal.stats());
+        let more = untidy || !self.behind.is_empty() || !self.waiting.is_empty();
+        Ok(if more { Left::More } else { Left::Nothing })
     }
 
-    fn clocks(&self) -> Vec<u8> {
-        Clocks::of(self.clock.pair()).encode_to_vec()
+    fn exact_cells(&self) -> Vec<(CellId, PolicyNumber, Cell)> {
+        let mut exact = Vec::new();
+        for shard in 0..self.cells.shards() {
+            self.cells.exact(shard, |id, number, cell| exact.push((id, number, cell)));
+        }
+        exact
     }
+}
+
+fn batch_of(changes: Vec<Change>) -> Batch {
+    let mut batch = Batch::default();
+    for Change { id, kept } in changes {
+        match kept {
+            Some((number, cell)) => {
+                let record = CellRecord::of(number, cell).encode_to_vec();
+                batch.put(Keyspace::Cells, id.to_bytes(), record);
+            }
+            None => batch.delete(Keyspace::Cells, id.to_bytes()),
+        }
+    }
+    batch
 }

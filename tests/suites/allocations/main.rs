@@ -20,7 +20,7 @@ use fusebox_server::{
     metrics::Metrics,
     storage::{self, Answer, journal::Nothing},
 };
-use fusebox_tests::{Counting, ManualClock};
+use fusebox_tests::{Counting, ManualClock, panel::recover};
 use tonic::Code;
 
 struct Counted;
@@ -64,11 +64,11 @@ namespaces:
 fn app(lifecycle: &Lifecycle) -> Arc<App> {
     let config = Config::parse("test.yaml", CONFIG).unwrap();
     let (clock, entropy) = (Arc::<ManualClock>::default(), Arc::<Counting>::default());
-    let recovered =
-        storage::recover(Nothing::open(), &config.namespaces, clock, &*entropy).unwrap();
-    let storage::Recovered { catalogue, cells, clock, boot, .. } = recovered;
-    let app = Arc::new(App::new(catalogue, cells, clock, entropy, boot));
-    lifecycle.recovered(Arc::clone(&app));
+    let recovered = recover(Nothing::open(), &config, &clock).unwrap();
+    let disk = recovered.writer.disk();
+    let storage::Recovered { catalogue, cells, grants, clock, boot, .. } = recovered;
+    let app = Arc::new(App::new(catalogue, cells, clock, entropy, boot, grants));
+    lifecycle.recovered(Arc::clone(&app), disk);
     app
 }
 
@@ -78,7 +78,7 @@ fn decide(app: &Arc<App>, policies: &[&str], cost: u64) -> bool {
     let caller = app.caller(Principal::Anonymous);
     match app.acquire(caller, &Acquire { namespace: "test", asks }).unwrap() {
         Answer::Now(acquired) => acquired.decision.allowed,
-        Answer::Later(_) => panic!("memory answers at once"),
+        Answer::Later(..) => panic!("memory answers at once"),
     }
 }
 

@@ -3,13 +3,16 @@
 use std::{sync::Arc, time::Duration};
 
 use fusebox_client::{Ask, Outcome, Reported};
-use fusebox_core::{Charging, Cost};
+use fusebox_core::Cost;
 use fusebox_server::{
     config::Config,
     run::RunError,
-    storage::{self, Answer, CellAsk, Charge, Recovered, Storage, journal::Keyspace},
+    storage::{Answer, Recovered, journal::Keyspace},
 };
-use fusebox_tests::{Counting, ManualClock, Server, Simulated};
+use fusebox_tests::{
+    ManualClock, Server, Simulated,
+    panel::{acquire, recover, told, write_all},
+};
 
 use crate::{CONFIG, remaining};
 
@@ -29,46 +32,45 @@ async fn a_clean_stop_keeps_what_was_spent_and_time_goes_on() {
 }
 
 /// Three of three tokens of a cell are charged; how many are left after the power came back?
-fn left_after_a_loss_of_power(written: bool) -> u64 {
+fn left_after_a_loss_of_power(durability: &str, written: bool) -> u64 {
     let journal = Simulated::default();
-    let config = Config::parse("test.yaml", CONFIG).unwrap();
+    let config = format!("storage: {{durability: {durability}}}\n{CONFIG}");
+    let config = Config::parse("test.yaml", &config).unwrap();
     let clock = Arc::<ManualClock>::default();
-    let start = || {
-        let clock = Arc::clone(&clock) as Arc<_>;
-        storage::recover(journal.open(), &config.namespaces, clock, &Counting::default()).unwrap()
+    let charge = |panel: &Recovered, tokens| {
+        let cost = Cost { tokens, estimated: false };
+        acquire(panel, "three", "a", cost).unwrap()
     };
-    let charge = |recovered: &Recovered, cost| {
-        let policy = recovered.catalogue.namespace("test").unwrap().policy("three").unwrap();
-        let ask = CellAsk {
-            cell: policy.cells.cell("a"),
-            number: policy.number,
-            policy: &policy.settings,
-            cost: Cost { tokens: cost, estimated: false },
-        };
-        let asks = [ask].into_iter().collect();
-        let charge = Charge { charging: Charging::AllOrNothing, asks };
-        match recovered.cells.apply(&charge, None, recovered.clock.now()).unwrap() {
-            Answer::Now(decision) => decision.verdicts[0].remaining,
-            Answer::Later(_) => panic!("memory answers at once"),
-        }
-    };
-    let mut recovered = start();
-    assert_eq!(charge(&recovered, 3), 0);
+    let mut panel = recover(journal.open(), &config, &clock).unwrap();
+    let answer = charge(&panel, 3);
+    assert_eq!(matches!(answer, Answer::Later(..)), durability == "strict");
     if written {
-        recovered.writer.round().unwrap();
+        panel.writer.catch_up();
+        told(answer, &mut panel.writer);
+        write_all(&mut panel.writer).unwrap();
     }
     journal.lose_power();
-    charge(&start(), 0)
+    let Answer::Now(decision) = charge(&recover(journal.open(), &config, &clock).unwrap(), 0)
+    else {
+        panic!("a peek waits for nothing")
+    };
+    decision.verdicts[0].remaining
+}
+
+#[test]
+fn strict_forgets_only_what_nobody_was_told() {
+    assert_eq!(left_after_a_loss_of_power("strict", true), 0);
+    assert_eq!(left_after_a_loss_of_power("strict", false), 3);
 }
 
 #[test]
 fn relaxed_forgets_at_a_loss_of_power_what_was_charged_since_the_last_round() {
-    assert_eq!(left_after_a_loss_of_power(true), 0);
-    assert_eq!(left_after_a_loss_of_power(false), 3);
+    assert_eq!(left_after_a_loss_of_power("relaxed", true), 0);
+    assert_eq!(left_after_a_loss_of_power("relaxed", false), 3);
 }
 
 #[tokio::test]
-async fn a_grant_of_an_earlier_life_gives_nothing_back() {
+async fn a_clean_stop_keeps_open_grants() {
     let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
     let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
     let client = server.client("test").await;
@@ -76,16 +78,44 @@ async fn a_grant_of_an_earlier_life_gives_nothing_back() {
     let grant = client.acquire([ask]).await.unwrap().grant_id.unwrap();
     server.stop().await.unwrap();
 
+    // For longer than the bucket takes to fill: what is out does not refill.
+    clock.advance(Duration::from_secs(300));
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    assert_eq!(remaining(&server, "tokens", "a").await, 40);
+    let client = server.client("test").await;
+    let outcomes = || [Outcome::cost(&grant, 10)];
+    assert_eq!(client.report(outcomes()).await.unwrap(), [Reported::Applied]);
+    assert_eq!(client.report(outcomes()).await.unwrap(), [Reported::Duplicate]);
+    assert_eq!(remaining(&server, "tokens", "a").await, 90);
+    server.stop().await.unwrap();
+
+    let server = Server::start_on(journal.open(), clock, CONFIG).await;
+    let client = server.client("test").await;
+    assert_eq!(client.report(outcomes()).await.unwrap(), [Reported::UnknownGrant]);
+    assert_eq!(remaining(&server, "tokens", "a").await, 90);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_grant_of_a_life_that_ended_in_a_crash_gives_nothing_back() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let client = server.client("test").await;
+    let ask = Ask::new("hundred", "a").cost(60).estimated();
+    let grant = client.acquire([ask]).await.unwrap().grant_id.unwrap();
+    journal.lose_power();
+    server.stop().await.unwrap_err();
+
     let server = Server::start_on(journal.open(), clock, CONFIG).await;
     let client = server.client("test").await;
     let reported = client.report([Outcome::cost(&grant, 0)]).await.unwrap();
     assert_eq!(reported, [Reported::UnknownGrant]);
-    assert_eq!(remaining(&server, "tokens", "a").await, 40);
+    assert_eq!(remaining(&server, "hundred", "a").await, 40);
 
     // Not even if this life draws the same secret: these draws are counted, and begin anew.
     let (_, secret) = grant.split_once('-').unwrap();
     let again = loop {
-        let ask = Ask::new("tokens", "b").cost(1).estimated();
+        let ask = Ask::new("hundred", "b").cost(1).estimated();
         let again = client.acquire([ask]).await.unwrap().grant_id.unwrap();
         if again.ends_with(secret) {
             break again;

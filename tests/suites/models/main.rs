@@ -1,5 +1,7 @@
 //! Models: small worlds in which every order of events is tried. They came before the code that they are
 //! about, and stay.
 
+#![allow(clippy::unwrap_used)]
+
 mod marks;
 mod search;

@@ -8,16 +8,19 @@ use std::{
 };
 
 use fusebox_core::{
-    Cell, Cells, Charging, Cost, Decision, Kind, Limit, Policy, Rule, Time, TokenBucket,
+    Cell, Cells, Charging, Cost, Decision, Kind, Limit, Policy, Rule, Settled, Time, TokenBucket,
 };
 use fusebox_server::{
     catalogue::{self, Catalogue, CellHasher, PolicyNumber},
     config::Config,
     storage::{
-        self, Answer, CellAsk, Charge, Embedded, Recovered, Settlement, Storage, journal::Sled,
+        Answer, CellAsk, Charge, Embedded, Keeping, Recovered, Settlement, Storage, journal::Sled,
     },
 };
-use fusebox_tests::{Counting, ManualClock};
+use fusebox_tests::{
+    ManualClock,
+    panel::{recover, told},
+};
 
 /// Policies by name: the bucket and the most debt.
 pub type Policies = BTreeMap<String, (TokenBucket, u64)>;
@@ -93,7 +96,7 @@ impl Engine for Core {
     fn restart(&mut self) {
         for ((policy, _), cell) in &mut self.cells {
             let policy = &self.policies[policy];
-            let state = policy.limit.revive(policy.limit.mark(policy.current(*cell), 0), self.now);
+            let state = policy.limit.revive(policy.current(*cell), self.now);
             *cell = Cell { revision: policy.revision, state };
         }
     }
@@ -101,7 +104,7 @@ impl Engine for Core {
     fn cells(&mut self) -> usize {
         let (policies, now) = (&self.policies, self.now);
         self.cells.retain(|(policy, _), cell| {
-            policies[policy].full_at(*cell).is_none_or(|full_at| full_at > now)
+            policies[policy].leaves_at(*cell).is_none_or(|leaves_at| leaves_at > now)
         });
         self.cells.len()
     }
@@ -116,7 +119,7 @@ pub struct Memory {
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { policies: BTreeMap::new(), cells: Embedded::new(false, 1_000), now: Time::ZERO }
+        Self { policies: BTreeMap::new(), cells: Embedded::new(1_000).0, now: Time::ZERO }
     }
 }
 
@@ -129,6 +132,7 @@ impl Memory {
                 name: name.as_str().into(),
                 number: PolicyNumber(number),
                 settings: settings.clone(),
+                keeping: Keeping::AtStop,
                 cells: CellHasher::new(&[0; 16], "spec", name),
                 decisions: Arc::default(),
             };
@@ -144,11 +148,12 @@ impl Engine for Memory {
     }
 
     fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision {
-        acquire(&self.cells, &self.catalogue(), asks, charging, self.now)
+        now(acquire(&self.cells, &self.catalogue(), asks, charging, self.now))
     }
 
     fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64) {
-        settle(&self.cells, &self.catalogue(), named, charged, actual, self.now)
+        let settled = now(settle(&self.cells, &self.catalogue(), named, charged, actual, self.now));
+        (settled.refunded, settled.owed, settled.dropped)
     }
 
     fn advance(&mut self, by: Duration) {
@@ -208,15 +213,16 @@ impl Engine for OnSled {
     fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision {
         let running = self.running();
         let now = running.clock.now();
-        let decision = acquire(&*running.cells, &running.catalogue, asks, charging, now);
-        running.writer.round().expect("sled writes");
-        decision
+        let answer = acquire(&*running.cells, &running.catalogue, asks, charging, now);
+        told(answer, &mut running.writer)
     }
 
     fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64) {
         let running = self.running();
         let now = running.clock.now();
-        settle(&*running.cells, &running.catalogue, named, charged, actual, now)
+        let answer = settle(&*running.cells, &running.catalogue, named, charged, actual, now);
+        let settled = told(answer, &mut running.writer);
+        (settled.refunded, settled.owed, settled.dropped)
     }
 
     fn advance(&mut self, by: Duration) {
@@ -225,13 +231,12 @@ impl Engine for OnSled {
 
     fn restart(&mut self) {
         if let Some(running) = self.running.take() {
-            running.writer.finish().expect("sled writes");
+            running.writer.finish(&[]).expect("sled writes");
         }
         let config = Config::parse("spec.yaml", &self.configuration).expect("a configuration");
         let directory = self.directory.path().to_owned();
-        let journal = Box::new(move || Ok(Box::new(Sled::open(&directory)?) as Box<_>));
-        let clock = Arc::clone(&self.clock) as Arc<_>;
-        let recovered = storage::recover(journal, &config.namespaces, clock, &Counting::default());
+        let journal = Box::new(move || Ok(Box::new(Sled::open(&directory, false)?) as Box<_>));
+        let recovered = recover(journal, &config, &self.clock);
         self.running = Some(recovered.expect("sled recovers"));
     }
 
@@ -258,15 +263,21 @@ fn acquire(
     asks: &[(Named<'_>, Cost)],
     charging: Charging,
     now: Time,
-) -> Decision {
+) -> Answer<Decision> {
     let namespace = catalogue.namespace("spec").expect("a policy first");
     let asks = asks.iter().map(|(named, cost)| {
         let policy = namespace.policy(named.policy).expect("a known policy");
         let cell = policy.cells.cell(named.key);
-        CellAsk { cell, number: policy.number, policy: &policy.settings, cost: *cost }
+        CellAsk {
+            cell,
+            number: policy.number,
+            policy: &policy.settings,
+            keeping: policy.keeping,
+            cost: *cost,
+        }
     });
     let charge = Charge { charging, asks: asks.collect() };
-    now_or_never(storage.apply(&charge, None, now))
+    storage.apply(&charge, None, now).expect("the storage answers")
 }
 
 fn settle(
@@ -276,14 +287,19 @@ fn settle(
     charged: u64,
     actual: u64,
     now: Time,
-) -> (u64, u64, u64) {
+) -> Answer<Settled<Cell>> {
     let policy = catalogue.namespace("spec").and_then(|spec| spec.policy(named.policy));
     let policy = policy.expect("a known policy");
     let cell = policy.cells.cell(named.key);
-    let settlement =
-        Settlement { cell, number: policy.number, policy: &policy.settings, charged, actual };
-    let settled = now_or_never(storage.settle(&settlement, now));
-    (settled.refunded, settled.owed, settled.dropped)
+    let settlement = Settlement {
+        cell,
+        number: policy.number,
+        policy: &policy.settings,
+        keeping: policy.keeping,
+        charged,
+        actual,
+    };
+    storage.settle(&settlement, now).expect("the storage answers")
 }
 
 fn tend(cells: &Embedded, catalogue: &Catalogue, now: Time) -> usize {
@@ -293,9 +309,9 @@ fn tend(cells: &Embedded, catalogue: &Catalogue, now: Time) -> usize {
     cells.live()
 }
 
-fn now_or_never<T>(answer: Result<Answer<T>, storage::StorageError>) -> T {
-    match answer.expect("the storage answers") {
+fn now<T>(answer: Answer<T>) -> T {
+    match answer {
         Answer::Now(answer) => answer,
-        Answer::Later(_) => panic!("these storages answer at once"),
+        Answer::Later(..) => panic!("memory answers at once"),
     }
 }
