@@ -5,6 +5,7 @@
 //! servers are processes of their own, so that their CPU can be told from the generator's.
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // figures for people, of a known range
 
+mod decide;
 mod footprint;
 mod load;
 mod machine;
@@ -50,7 +51,7 @@ struct Options {
     #[arg(long, value_name = "TEXT")]
     rows: Vec<String>,
     /// What to measure.
-    #[arg(long, value_delimiter = ',', default_values = ["rows", "footprint"])]
+    #[arg(long, value_delimiter = ',', default_values = ["rows", "footprint", "instructions"])]
     parts: Vec<Part>,
     /// Connections to a server, shared by its calls.
     #[arg(long, value_name = "COUNT", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
@@ -81,6 +82,8 @@ enum Part {
     Rows,
     /// Memory and disk for each live key, and the time that a restart takes.
     Footprint,
+    /// Instructions of one decision, beside the crate `governor`; wants valgrind.
+    Instructions,
 }
 
 /// What this program runs of itself.
@@ -89,12 +92,16 @@ enum Inner {
     /// Serves the rival.
     #[command(hide = true)]
     Rival,
+    /// Decides some number of times, to be counted from outside.
+    #[command(hide = true)]
+    Decide { what: decide::What, times: usize },
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.part {
         Some(Inner::Rival) => rival::serve(),
+        Some(Inner::Decide { what, times }) => decide::run(what, times),
         None if cli.options.list => rows::list(),
         None => measure(&cli.options),
     };
@@ -126,6 +133,9 @@ async fn all(options: &Options) -> Result<()> {
     }
     if options.parts.contains(&Part::Footprint) {
         footprint::measure(options).await?;
+    }
+    if options.parts.contains(&Part::Instructions) {
+        decide::measure()?;
     }
     Ok(())
 }
