@@ -30,8 +30,8 @@ use crate::{
     traffic::{Shape, Traffic},
 };
 
-/// Share of a measurement that goes before it, unmeasured: connections, branch predictors and caches settle.
-const WARM_UP: f64 = 0.2;
+/// Seconds before each measurement: memory is touched, caches and branch predictors settle.
+const WARM_UP: f64 = 1.0;
 
 /// Wait for answers after the last call was due; what comes later is an error.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -180,7 +180,7 @@ impl Load {
                 }
             });
         }
-        sleep(Duration::from_secs_f64(seconds * WARM_UP)).await;
+        sleep(Duration::from_secs_f64(WARM_UP)).await;
         shared.calls.set(0);
         let (server, generator) = (Meter::start(self.pid)?, Meter::start(std::process::id())?);
         let (begin, busy_before) = (Instant::now(), busy()?);
@@ -207,7 +207,7 @@ impl Load {
         let shared = self.shared(traffic)?;
         let nanos = Rc::new(RefCell::new(Histogram::new_with_max(LONGEST, 3)?));
         let mut late = Histogram::new_with_max(LONGEST, 3)?;
-        let warm = (rate * seconds * WARM_UP) as u64;
+        let warm = (rate * WARM_UP) as u64;
         let mut due = arrivals(rate, warm + (rate * seconds) as u64)?;
         let mut callers = JoinSet::new();
         let mut connections = self.connections.iter().cycle();

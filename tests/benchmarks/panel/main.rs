@@ -23,7 +23,11 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use tokio::{runtime, task::LocalSet};
+use tokio::{
+    runtime,
+    signal::unix::{SignalKind, signal},
+    task::LocalSet,
+};
 
 /// What goes wrong here ends the run, and is told to whoever started it.
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
@@ -118,10 +122,13 @@ fn main() -> ExitCode {
 fn measure(options: &Options) -> Result<()> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
         tokio::select! {
             done = all(options) => done,
             // What runs is dropped, and with it servers and data directories.
-            _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
+            _ = terminate.recv() => Err("ended by SIGTERM".into()),
+            _ = interrupt.recv() => Err("interrupted".into()),
         }
     })
 }

@@ -60,7 +60,8 @@ pub(crate) fn figure(value: f64) -> String {
 /// A figure and its ratio to another: `41,200 (0.93)`.
 pub(crate) fn beside(value: f64, other: Option<f64>) -> String {
     match other {
-        Some(other) => format!("{} ({:.2})", figure(value), value / other),
+        Some(other) if value < 10.0 * other => format!("{} ({:.2})", figure(value), value / other),
+        Some(other) => format!("{} ({})", figure(value), figure(value / other)),
         None => figure(value),
     }
 }
