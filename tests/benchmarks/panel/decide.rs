@@ -101,7 +101,7 @@ pub(crate) fn measure() -> Result<()> {
          hash map) says yes or no; ours also tells limit, remaining and the wait until full, and remembers open estimates. \
          The core alone finds no cell and locks nothing.",
     );
-    print(&table.into_text())
+    print(&table.take_text())
 }
 
 fn instructions(what: What, times: usize) -> Result<f64> {

@@ -46,12 +46,13 @@ pub(crate) async fn measure(options: &Options) -> Result<()> {
         let blank = COLUMNS.len() - 1 - fields.len();
         let name = engine.name().to_owned();
         table.row([name].into_iter().chain(fields).chain((0..blank).map(|_| "–".into())));
+        print(&table.take_text())?;
     }
     table.note(
         "Sizes in MB (10^6 bytes), each key's in bytes. At rest: under a twentieth of a core, from the last charge on. \
          Start: from the command until `/readyz` says so, after a clean stop, with all keys on disk.",
     );
-    print(&table.into_text())
+    print(&table.take_text())
 }
 
 async fn measure_engine(options: &Options, engine: Engine) -> Result<Vec<String>> {

@@ -33,6 +33,10 @@ use crate::{
 /// Seconds before each measurement: memory is touched, caches and branch predictors settle.
 const WARM_UP: f64 = 1.0;
 
+/// Calls that have arrived and are in flight, at most. The others wait, and their wait counts; a client has no
+/// more streams either, and with thousands of them its own work would be what is measured.
+const IN_FLIGHT: usize = 1_024;
+
 /// Wait for answers after the last call was due; what comes later is an error.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -78,8 +82,8 @@ pub(crate) struct Saturation {
     pub(crate) cpu: Duration,
     /// CPU of the generator.
     pub(crate) generator: Duration,
-    /// CPU of everything else on the machine.
-    pub(crate) others: Duration,
+    /// Cores that everything else on the machine had.
+    pub(crate) others: f64,
     pub(crate) failures: Failures,
 }
 
@@ -93,8 +97,11 @@ impl Saturation {
 pub(crate) struct Latency {
     /// Nanoseconds since a call was due.
     pub(crate) nanos: Histogram<u64>,
-    /// Nanoseconds from when a call was due to when it was made: what of the above is the generator's.
+    /// Nanoseconds from when a call was due to when it was made: what of the above is the generator's own, or
+    /// the wait for one of [`IN_FLIGHT`] places.
     pub(crate) late: Histogram<u64>,
+    /// Cores that everything else on the machine had.
+    pub(crate) others: f64,
     pub(crate) failures: Failures,
 }
 
@@ -187,7 +194,7 @@ impl Load {
         sleep(Duration::from_secs_f64(seconds)).await;
         let (calls, elapsed) = (shared.calls.get(), begin.elapsed());
         let (all, cpu, generator) = (busy()? - busy_before, server.stop()?, generator.stop()?);
-        let others = all.saturating_sub(cpu + generator);
+        let others = all.saturating_sub(cpu + generator).div_duration_f64(elapsed);
         shared.over.set(true);
         if timeout(PATIENCE, async { while callers.join_next().await.is_some() {} }).await.is_err()
         {
@@ -207,42 +214,51 @@ impl Load {
         let shared = self.shared(traffic)?;
         let nanos = Rc::new(RefCell::new(Histogram::new_with_max(LONGEST, 3)?));
         let mut late = Histogram::new_with_max(LONGEST, 3)?;
-        let warm = (rate * WARM_UP) as u64;
-        let mut due = arrivals(rate, warm + (rate * seconds) as u64)?;
-        let mut callers = JoinSet::new();
+        let (generator, server) = (Meter::start(std::process::id())?, Meter::start(self.pid)?);
+        let (begin, busy_before) = (Instant::now(), busy()?);
+        let warm = begin + Duration::from_secs_f64(WARM_UP);
+        let mut due = arrivals(rate, (rate * (WARM_UP + seconds)) as u64)?;
         let mut connections = self.connections.iter().cycle();
-        let mut arrived = 0;
-        while let Some(due) = due.recv().await {
-            arrived += 1;
-            let measured = arrived > warm;
-            if measured {
-                late.saturating_record(nanos_since(due));
-            }
-            let mut connection = connections.next().ok_or("no connection")?.clone();
-            let (shared, nanos) = (Rc::clone(&shared), Rc::clone(&nanos));
-            callers.spawn_local(async move {
-                match shared.call(&mut connection).await {
-                    Ok(()) if measured => {
-                        nanos.borrow_mut().saturating_record(nanos_since(due));
-                    }
-                    Ok(()) => {}
-                    Err(error) => shared.failures.borrow_mut().add(error),
+        let mut callers = JoinSet::new();
+        let made = async {
+            while let Some(due) = due.recv().await {
+                if callers.len() == IN_FLIGHT {
+                    callers.join_next().await;
                 }
-            });
-            // What is done is let go of.
-            while callers.try_join_next().is_some() {}
-        }
-        let answered =
-            timeout(PATIENCE, async { while callers.join_next().await.is_some() {} }).await;
+                if due >= warm {
+                    late.saturating_record(nanos_since(due));
+                }
+                let (shared, nanos) = (Rc::clone(&shared), Rc::clone(&nanos));
+                let Some(mut connection) = connections.next().cloned() else { break };
+                callers.spawn_local(async move {
+                    match shared.call(&mut connection).await {
+                        Ok(()) if due >= warm => {
+                            nanos.borrow_mut().saturating_record(nanos_since(due));
+                        }
+                        Ok(()) => {}
+                        Err(error) => shared.failures.borrow_mut().add(error),
+                    }
+                });
+                // What is done is let go of.
+                while callers.try_join_next().is_some() {}
+            }
+            while callers.join_next().await.is_some() {}
+        };
+        let patience = Duration::from_secs_f64(WARM_UP + seconds) + PATIENCE;
+        let answered = timeout(patience, made).await;
+        let all = busy()? - busy_before;
+        let others = all
+            .saturating_sub(server.stop()? + generator.stop()?)
+            .div_duration_f64(begin.elapsed());
         let mut failures = shared.failures.take();
         if answered.is_err() {
-            let left = callers.len() as u64;
+            let left = (callers.len() + due.len()) as u64;
             let first = Some(format!("{left} calls were not answered {PATIENCE:?} after the last"));
             failures.join(Failures { count: left, first });
             callers.shutdown().await;
         }
         let nanos = nanos.borrow().clone();
-        Ok(Latency { nanos, late, failures })
+        Ok(Latency { nanos, late, others, failures })
     }
 
     fn shared(&self, traffic: Traffic) -> Result<Rc<Shared>> {

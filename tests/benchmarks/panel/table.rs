@@ -1,8 +1,8 @@
 //! Figures for people, in Markdown.
 
-use std::fmt::Write;
+use std::{fmt::Write, mem};
 
-/// A table that is printed once it is whole.
+/// A table; its text is taken as it grows.
 pub(crate) struct Table {
     text: String,
 }
@@ -31,8 +31,9 @@ impl Table {
         self.text += &format!("\n{note}\n");
     }
 
-    pub(crate) fn into_text(self) -> String {
-        self.text
+    /// What was added since this was last asked.
+    pub(crate) fn take_text(&mut self) -> String {
+        mem::take(&mut self.text)
     }
 }
 
