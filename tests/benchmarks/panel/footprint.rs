@@ -10,7 +10,7 @@ use crate::{
     machine::{Memory, Meter},
     print,
     process::{Engine, Home, Server},
-    table::{Table, figure},
+    table::{Table, count, figure},
     traffic::{Keys, Shape, Traffic},
 };
 
@@ -37,7 +37,7 @@ const COLUMNS: [&str; 10] = [
 ];
 
 pub(crate) async fn measure(options: &Options) -> Result<()> {
-    let mut table = Table::new(&format!("{} live keys", figure(options.keys.into())), &COLUMNS);
+    let mut table = Table::new(&format!("{} live keys", count(options.keys)), &COLUMNS);
     for engine in Engine::ALL {
         eprintln!("{}: charging {} keys", engine.name(), options.keys);
         let fields =

@@ -91,6 +91,8 @@ struct Measured {
 struct Figures {
     saturation: Saturation,
     rate: f64,
+    /// Whether the rate is the rival's: latencies at another say nothing about each other.
+    at_its_rate: bool,
     latency: Latency,
 }
 
@@ -145,7 +147,7 @@ async fn measure_rival(options: &Options, rival: &Server, shape: Shape) -> Resul
     let saturation = load.saturate(traffic(), options.in_flight, options.seconds).await?;
     let rate = options.rate.unwrap_or(saturation.rate() / 2.0);
     let latency = load.arrive(traffic(), rate, options.seconds).await?;
-    let figures = Ok(Figures { saturation, rate, latency });
+    let figures = Ok(Figures { saturation, rate, at_its_rate: true, latency });
     Ok(Measured { name: format!("no-op, {}", shape.name()), rival: true, figures })
 }
 
@@ -165,11 +167,11 @@ async fn measure_row(options: &Options, row: Row, rate: f64) -> Result<Figures> 
         load.each(traffic, batches).await?;
     }
     let saturation = load.saturate(row.traffic(), options.in_flight, options.seconds).await?;
-    let sustained = saturation.rate() > rate * SUSTAINED || options.rate.is_some();
-    let rate = if sustained { rate } else { saturation.rate() / 2.0 };
+    let at_its_rate = saturation.rate() > rate * SUSTAINED || options.rate.is_some();
+    let rate = if at_its_rate { rate } else { saturation.rate() / 2.0 };
     let latency = load.arrive(row.traffic(), rate, options.seconds).await?;
     server.stop().await?;
-    Ok(Figures { saturation, rate, latency })
+    Ok(Figures { saturation, rate, at_its_rate, latency })
 }
 
 /// The rival's figures nearest to a row, before it and after it.
@@ -195,12 +197,9 @@ fn fields(measured: &Measured, shape: Shape, rivals: &[&Figures]) -> Vec<String>
             .then(|| rivals.iter().map(|rival| of(rival)).sum::<f64>() / rivals.len() as f64)
     };
     let with_ratio = |of: &dyn Fn(&Figures) -> f64| beside(of(figures), mean(of));
-    // Latencies at another rate say nothing about each other.
-    let at_its_rate =
-        rivals.first().is_some_and(|rival| (rival.rate / figures.rate - 1.0).abs() < 0.5);
     let latency = |quantile: f64| {
         let of = |figures: &Figures| figures.latency.nanos.value_at_quantile(quantile) as f64 / 1e3;
-        if at_its_rate { with_ratio(&of) } else { figure(of(figures)) }
+        if figures.at_its_rate { with_ratio(&of) } else { figure(of(figures)) }
     };
     let decisions = f64::from(shape.decisions());
     let cpu = |figures: &Figures| {

@@ -48,6 +48,15 @@ pub(crate) fn figure(value: f64) -> String {
     let decimals = (2 - above).clamp(0, 3) as usize;
     let text = format!("{rounded:.decimals$}");
     let (whole, fraction) = text.split_at(text.find('.').unwrap_or(text.len()));
+    grouped(whole) + fraction
+}
+
+/// A whole number: `1,000`.
+pub(crate) fn count(value: u32) -> String {
+    grouped(&value.to_string())
+}
+
+fn grouped(whole: &str) -> String {
     let mut grouped = String::new();
     for (index, digit) in whole.chars().enumerate() {
         if index > 0 && (whole.len() - index).is_multiple_of(3) {
@@ -55,7 +64,7 @@ pub(crate) fn figure(value: f64) -> String {
         }
         grouped.push(digit);
     }
-    grouped + fraction
+    grouped
 }
 
 /// A figure and its ratio to another: `41,200 (0.93)`.

@@ -6,7 +6,7 @@ use fusebox_proto::v1::{
 };
 use prost::Message;
 
-use crate::{Result, table::figure};
+use crate::{Result, table::count};
 
 /// Flag and length, before each message of gRPC.
 pub(crate) const PREFIX: usize = 5;
@@ -31,7 +31,7 @@ impl Shape {
         match self {
             Self::Asks(1) => "1 ask".into(),
             Self::Asks(asks) => format!("{asks} asks"),
-            Self::Batch(entries) => format!("batch of {}", figure(entries.into())),
+            Self::Batch(entries) => format!("batch of {}", count(entries)),
         }
     }
 
