@@ -1,0 +1,217 @@
+//! Servers as processes of their own.
+
+use std::{
+    env,
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::sleep,
+};
+
+use crate::{Options, Result};
+
+/// Longer than any start or end takes.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Pause between two looks at something that is awaited.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// What is asked, and under which names.
+const POLICIES: &str = "
+namespaces:
+  bench:
+    policies:
+      slow: {token_bucket: {limit: 1000000000, per: 1d}}
+      fast: {token_bucket: {limit: 1000000000, per: 1s}}
+";
+
+/// Where a server keeps its state.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Engine {
+    Memory,
+    Relaxed,
+    Strict,
+}
+
+impl Engine {
+    pub(crate) const ALL: [Self; 3] = [Self::Memory, Self::Relaxed, Self::Strict];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Relaxed => "sled relaxed",
+            Self::Strict => "sled strict",
+        }
+    }
+
+    fn settings(self) -> &'static str {
+        match self {
+            Self::Memory => "{engine: memory}",
+            Self::Relaxed => "{engine: sled, path: data, durability: relaxed}",
+            Self::Strict => "{engine: sled, path: data, durability: strict}",
+        }
+    }
+}
+
+/// Where one server lives: configuration, log and data, deleted when dropped.
+pub(crate) struct Home {
+    folder: TempDir,
+    server: PathBuf,
+}
+
+impl Home {
+    pub(crate) fn new(options: &Options, engine: Engine) -> Result<Self> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("fusebox-bench-");
+        let folder = match &options.data {
+            Some(place) => builder.tempdir_in(place)?,
+            None => builder.tempdir()?,
+        };
+        let storage = engine.settings();
+        let settings =
+            format!("listen: 127.0.0.1:0\nops_listen: 127.0.0.1:0\nstorage: {storage}\n{POLICIES}");
+        fs::write(folder.path().join("fusebox.yaml"), settings)?;
+        let server = options.server.as_ref().ok_or("--server says which server to measure")?;
+        let server =
+            server.canonicalize().map_err(|error| format!("{}: {error}", server.display()))?;
+        Ok(Self { folder, server })
+    }
+
+    /// Starts the server and waits until it is ready.
+    ///
+    /// # Errors
+    /// If it does not come up; the message says what the server said.
+    pub(crate) async fn start(&self) -> Result<Server> {
+        let log = self.folder.path().join("log");
+        let mut command = Command::new(&self.server);
+        // What the shell of whoever runs this sets is not what is measured.
+        for (name, _) in
+            env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"FUSEBOX_"))
+        {
+            command.env_remove(name);
+        }
+        command.args(["--config", "fusebox.yaml"]).current_dir(self.folder.path());
+        command.stderr(File::create(&log)?);
+        let begin = Instant::now();
+        let mut server = Server::spawn(&mut command, 2)
+            .map_err(|error| said(&log).unwrap_or_else(|| error.to_string()))?;
+        while !server.is_ready().await {
+            if server.child.try_wait()?.is_some() || begin.elapsed() > PATIENCE {
+                return Err(said(&log).unwrap_or_else(|| "it never became ready".into()).into());
+            }
+            sleep(LOOK).await;
+        }
+        server.start = begin.elapsed();
+        Ok(server)
+    }
+
+    /// Bytes of all files of the data directory.
+    pub(crate) fn disk(&self) -> Result<u64> {
+        fn bytes(folder: &Path) -> Result<u64> {
+            let mut sum = 0;
+            for entry in fs::read_dir(folder)? {
+                let entry = entry?;
+                let kind = entry.file_type()?;
+                sum += if kind.is_dir() { bytes(&entry.path())? } else { entry.metadata()?.len() };
+            }
+            Ok(sum)
+        }
+        let data = self.folder.path().join("data");
+        if data.exists() { bytes(&data) } else { Ok(0) }
+    }
+}
+
+/// A server that runs, until dropped.
+pub(crate) struct Server {
+    child: Child,
+    /// Where gRPC is served, and operations if they are.
+    addresses: Vec<SocketAddr>,
+    /// From the command to readiness.
+    pub(crate) start: Duration,
+}
+
+impl Server {
+    /// Starts the rival.
+    pub(crate) fn rival() -> Result<Self> {
+        Self::spawn(Command::new(env::current_exe()?).arg("rival"), 1)
+    }
+
+    /// Starts a server that says on stdout where it listens, at so many addresses.
+    fn spawn(command: &mut Command, addresses: usize) -> Result<Self> {
+        let begin = Instant::now();
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|error| format!("{}: {error}", command.get_program().display()))?;
+        let mut server = Self { child, addresses: Vec::new(), start: Duration::ZERO };
+        let said = server.child.stdout.take().ok_or("no stdout")?;
+        for line in BufReader::new(said).lines() {
+            let line = line?;
+            let last = line.split(' ').next_back().unwrap_or_default();
+            server.addresses.extend(last.trim_start_matches("http://").parse::<SocketAddr>());
+            if server.addresses.len() == addresses {
+                server.start = begin.elapsed();
+                return Ok(server);
+            }
+        }
+        Err("it ended before it listened".into())
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn grpc(&self) -> SocketAddr {
+        self.addresses[0]
+    }
+
+    /// Asks the server to end, and tells how long that took.
+    pub(crate) async fn stop(mut self) -> Result<Duration> {
+        let begin = Instant::now();
+        Command::new("kill").arg("-TERM").arg(self.pid().to_string()).status()?;
+        while begin.elapsed() < PATIENCE {
+            match self.child.try_wait()? {
+                Some(status) if status.success() => return Ok(begin.elapsed()),
+                Some(status) => return Err(format!("the server did not end well: {status}").into()),
+                None => sleep(LOOK).await,
+            }
+        }
+        Err("the server does not end".into())
+    }
+
+    async fn is_ready(&self) -> bool {
+        let asked = async {
+            let mut stream = TcpStream::connect(self.addresses[1]).await?;
+            stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: bench\r\n\r\n").await?;
+            let mut answer = [0; 12];
+            stream.read_exact(&mut answer).await?;
+            std::io::Result::Ok(answer == *b"HTTP/1.1 200")
+        };
+        asked.await.unwrap_or(false)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself; there is nobody to tell.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Why a server ended, as it told people.
+fn said(log: &Path) -> Option<String> {
+    let log = fs::read_to_string(log).ok()?;
+    let told = log.lines().find_map(|line| line.strip_prefix("fusebox: "));
+    told.or(log.lines().last()).map(str::to_owned)
+}

@@ -1,0 +1,66 @@
+//! The rival: a gRPC service that decides nothing, as anyone would write it with tonic.
+//!
+//! What Fusebox takes beyond it is the price of deciding, and of whatever it does otherwise than tonic.
+
+use fusebox_proto::v1::{
+    AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, Decision,
+    ReportRequest, ReportResponse, Verdict,
+    resilience_server::{Resilience, ResilienceServer},
+};
+use tokio::{net::TcpListener, runtime::Runtime};
+use tonic::{
+    Request, Response, Status,
+    transport::{Server, server::TcpIncoming},
+};
+
+use crate::{Result, print};
+
+pub(crate) fn serve() -> Result<()> {
+    Runtime::new()?.block_on(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        print(&format!("{}\n", listener.local_addr()?))?;
+        let service = ResilienceServer::new(Constant);
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        Ok(Server::builder().add_service(service).serve_with_incoming(incoming).await?)
+    })
+}
+
+struct Constant;
+
+#[tonic::async_trait]
+impl Resilience for Constant {
+    async fn acquire(
+        &self,
+        request: Request<AcquireRequest>,
+    ) -> Result<Response<AcquireResponse>, Status> {
+        Ok(Response::new(allowed(request.get_ref())))
+    }
+
+    async fn acquire_batch(
+        &self,
+        request: Request<AcquireBatchRequest>,
+    ) -> Result<Response<AcquireBatchResponse>, Status> {
+        let responses = request.get_ref().requests.iter().map(allowed).collect();
+        Ok(Response::new(AcquireBatchResponse { responses }))
+    }
+
+    async fn report(&self, _: Request<ReportRequest>) -> Result<Response<ReportResponse>, Status> {
+        Err(Status::unimplemented("nothing reports here"))
+    }
+}
+
+/// As long as what Fusebox answers when a key of the policy `slow` was asked some thousand times.
+fn allowed(request: &AcquireRequest) -> AcquireResponse {
+    let verdict = || Verdict {
+        decision: Decision::Allow.into(),
+        limit: Some(1_000_000_000),
+        remaining: Some(999_940_000),
+        reset_after: Some(prost_types::Duration { seconds: 5, nanos: 184_000_000 }),
+        ..Verdict::default()
+    };
+    AcquireResponse {
+        decision: Decision::Allow.into(),
+        verdicts: request.asks.iter().map(|_| verdict()).collect(),
+        ..AcquireResponse::default()
+    }
+}
