@@ -29,6 +29,12 @@ impl ManualClock {
         now.1 += by;
     }
 
+    /// Sets the wall clock back by so much, as people do.
+    pub fn turn_wall_back(&self, by: Duration) {
+        let mut now = self.now.lock();
+        now.1 = now.1.saturating_sub(by);
+    }
+
     /// Sets the wall clock, as people do.
     pub fn set_wall(&self, wall: Duration) {
         self.now.lock().1 = wall;

@@ -49,6 +49,11 @@ impl Simulated {
         disk.written = disk.synced.clone();
     }
 
+    /// The process is killed: what it wrote is there, and it writes no more.
+    pub fn kill(&self) {
+        self.disk.lock().life += 1;
+    }
+
     /// From now on every write fails.
     pub fn fail(&self) {
         self.disk.lock().failing = true;

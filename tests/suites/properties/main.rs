@@ -3,6 +3,7 @@
 
 mod decisions;
 mod drift;
+mod histories;
 mod marks;
 mod model;
 mod token_bucket;
