@@ -55,14 +55,14 @@ def wait_until(condition, what: str) -> None:
 
 
 class Server:
-    """One `fusebox` on free loopback ports with a data directory of its own."""
+    """One `fusebox` on free loopback ports, with a data directory of its own if none is given."""
 
-    def __init__(self, *arguments: str):
+    def __init__(self, *arguments: str, under: tuple[str, ...] = (), data: Path | None = None):
         self._directory = tempfile.TemporaryDirectory(prefix="fusebox-interop-")
         directory = Path(self._directory.name)
         self._stdout, self._stderr = directory / "stdout", directory / "stderr"
         # Port 0: the system picks one that is free, and the server prints which.
-        command = [os.environ["FUSEBOX_BIN"], "--data", str(directory / "data")]
+        command = [*under, os.environ["FUSEBOX_BIN"], "--data", str(data or directory / "data")]
         command += ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", *arguments]
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -81,6 +81,18 @@ class Server:
             raise
         self.channel = grpc.insecure_channel(self.grpc, [("grpc.enable_http_proxy", 0)])
 
+    def metric(self, name: str) -> int:
+        """The value of a metric without labels."""
+        connection = http.client.HTTPConnection(self.ops, timeout=PATIENCE_SECONDS)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        connection.close()
+        return int(re.search(rf"^{name} (\d+)$", text, re.MULTILINE)[1])
+
+    def log(self) -> str:
+        """What it has logged so far."""
+        return self._stderr.read_text()
+
     def terminate(self) -> None:
         """Asks the server to end."""
         self._process.send_signal(signal.SIGTERM)
@@ -90,9 +102,9 @@ class Server:
         try:
             code = self._process.wait(within_seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still runs after {within_seconds} s\n{self._log()}") from None
+            raise AssertionError(f"still runs after {within_seconds} s\n{self.log()}") from None
         if code != 0:
-            raise AssertionError(f"exit code {code}\n{self._log()}")
+            raise AssertionError(f"exit code {code}\n{self.log()}")
 
     def stop(self) -> None:
         """Ends the server as an orchestrator would; the exit code is 0."""
@@ -119,13 +131,10 @@ class Server:
     def _wait_until(self, condition, what: str) -> None:
         def holds() -> bool:
             if self._process.poll() is not None:
-                raise AssertionError(f"exit code {self._process.returncode}\n{self._log()}")
+                raise AssertionError(f"exit code {self._process.returncode}\n{self.log()}")
             return condition()
 
         wait_until(holds, what)
-
-    def _log(self) -> str:
-        return self._stderr.read_text()
 
 
 @dataclass(frozen=True)
