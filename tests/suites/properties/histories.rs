@@ -19,16 +19,24 @@ use fusebox_tests::{
 };
 use proptest::{collection::vec, prelude::*, sample::select};
 
-/// Name, limit, period in milliseconds, burst and debt, and what else is said of it.
-type Policy = (&'static str, u64, u64, u64, u64, &'static str);
+/// A bucket of ten tokens in each period, of which there are two: it changes at some restarts.
+struct Policy {
+    name: &'static str,
+    per_millis: [u64; 2],
+    burst: u64,
+    durability: &'static str,
+}
 
-/// Slow ones whose mark runs a token ahead, or ten; a fast one; one whose ALLOWs do not wait.
-const POLICIES: [Policy; 4] = [
-    ("slow", 10, 20_000, 10, 5, ""),
-    ("busy", 1_000, 60_000, 1_000, 100, ""),
-    ("fast", 10, 1_000, 20, 5, ""),
-    ("lax", 10, 20_000, 10, 5, "durability: relaxed"),
+const LIMIT: u64 = 10;
+
+/// One that is slow, one that turns from fast to slow and back, and one whose ALLOWs do not wait.
+const POLICIES: [Policy; 3] = [
+    Policy { name: "slow", per_millis: [20_000, 30_000], burst: 10, durability: "strict" },
+    Policy { name: "turning", per_millis: [1_000, 20_000], burst: 20, durability: "strict" },
+    Policy { name: "lax", per_millis: [20_000, 20_000], burst: 10, durability: "relaxed" },
 ];
+
+const TURNING: usize = 1;
 
 const KEYS: [&str; 2] = ["a", "b"];
 
@@ -53,11 +61,14 @@ enum Event {
         catch_up: bool,
     },
     Tend,
-    Stop,
+    Stop {
+        turns: bool,
+    },
     /// What the process wrote is there, or only what was synced.
     Crash {
         synced_only: bool,
         wall_goes_back_millis: u64,
+        turns: bool,
     },
 }
 
@@ -75,10 +86,10 @@ fn events() -> impl Strategy<Value = Event> {
             .prop_map(|millis| Event::Advance { millis }),
         6 => any::<bool>().prop_map(|catch_up| Event::Write { catch_up }),
         1 => Just(Event::Tend),
-        1 => Just(Event::Stop),
-        2 => (any::<bool>(), select(vec![0_u64, 0, 0, 5_000])).prop_map(
-            |(synced_only, wall_goes_back_millis)| {
-                Event::Crash { synced_only, wall_goes_back_millis }
+        1 => any::<bool>().prop_map(|turns| Event::Stop { turns }),
+        2 => (any::<bool>(), select(vec![0_u64, 0, 0, 5_000]), any::<bool>()).prop_map(
+            |(synced_only, wall_goes_back_millis, turns)| {
+                Event::Crash { synced_only, wall_goes_back_millis, turns }
             }
         ),
     ]
@@ -90,36 +101,46 @@ struct Entry {
     policy: usize,
     key: usize,
     at_millis: u64,
+    /// The period that was in force up to here.
+    per_millis: u64,
     /// Tokens charged, or given back.
     tokens: i64,
     estimated: bool,
     told: bool,
 }
 
-/// Tokens spent in a bucket that nobody but the ledger fills, in thousandths times its period.
+/// A bucket that nobody but the ledger fills: what was spent, in parts of a token.
 struct Ideal {
-    spent: i128,
+    spent: u64,
     at_millis: u64,
 }
+
+/// Divided by every period.
+const PARTS: u64 = 60_000;
 
 impl Ideal {
     fn full() -> Self {
         Self { spent: 0, at_millis: 0 }
     }
 
-    fn refill(&mut self, (_, limit, ..): Policy, at_millis: u64) {
-        let refill = i128::from(at_millis - self.at_millis) * i128::from(limit);
-        self.spent = (self.spent - refill).max(0);
+    fn refill(&mut self, per_millis: u64, at_millis: u64) {
+        let refill = (at_millis - self.at_millis) * LIMIT * (PARTS / per_millis);
+        self.spent = self.spent.saturating_sub(refill);
         self.at_millis = at_millis;
     }
 
-    fn charge(&mut self, policy: Policy, entry: &Entry) {
-        self.refill(policy, entry.at_millis);
-        self.spent = (self.spent + i128::from(entry.tokens) * i128::from(policy.2)).max(0);
+    fn charge(&mut self, entry: &Entry) {
+        self.refill(entry.per_millis, entry.at_millis);
+        let parts = entry.tokens.unsigned_abs() * PARTS;
+        self.spent = match entry.tokens {
+            0.. => self.spent + parts,
+            _ => self.spent.saturating_sub(parts),
+        };
     }
 
-    fn left(&self, policy: Policy) -> i128 {
-        i128::from(policy.3) - (self.spent + i128::from(policy.2) - 1) / i128::from(policy.2)
+    /// Whole tokens; below zero is more than there was.
+    fn left(&self, burst: u64) -> i64 {
+        i64::try_from(burst).unwrap() - i64::try_from(self.spent.div_ceil(PARTS)).unwrap()
     }
 }
 
@@ -127,15 +148,18 @@ impl Ideal {
 struct World {
     journal: Simulated,
     clock: Arc<ManualClock>,
-    config: Config,
+    /// Which of the two periods is in force.
+    turned: usize,
     life: Option<Life>,
     now_millis: u64,
     wall_went_back: bool,
     ledger: Vec<Entry>,
-    crashes: i128,
+    crashes: i64,
     /// Entries of `lax` up to here are on disk.
     caught_up: usize,
     open: Vec<(GrantId, usize, usize, u64)>,
+    /// Grants whose life ended in a crash.
+    dead: Vec<GrantId>,
 }
 
 struct Life {
@@ -148,17 +172,10 @@ struct Life {
 
 impl World {
     fn new() -> Self {
-        let mut config = "namespaces:\n  test:\n    policies:\n".to_owned();
-        for (name, limit, per, burst, max_debt, more) in POLICIES {
-            let bucket = format!("{{limit: {limit}, per: {per}ms, burst: {burst}}}");
-            let more = if more.is_empty() { String::new() } else { format!(", {more}") };
-            config +=
-                &format!("      {name}: {{token_bucket: {bucket}, max_debt: {max_debt}{more}}}\n");
-        }
         let mut world = Self {
             journal: Simulated::default(),
             clock: Arc::default(),
-            config: Config::parse("test.yaml", &config).unwrap(),
+            turned: 0,
             life: None,
             now_millis: 0,
             wall_went_back: false,
@@ -166,13 +183,38 @@ impl World {
             crashes: 0,
             caught_up: 0,
             open: Vec::new(),
+            dead: Vec::new(),
         };
         world.start();
         world
     }
 
+    fn config(&self) -> Config {
+        let mut config = "namespaces:\n  test:\n    policies:\n".to_owned();
+        for Policy { name, per_millis, burst, durability } in POLICIES {
+            let per = per_millis[self.turned];
+            let bucket = format!("{{limit: {LIMIT}, per: {per}ms, burst: {burst}}}");
+            config +=
+                &format!("      {name}: {{token_bucket: {bucket}, durability: {durability}}}\n");
+        }
+        Config::parse("test.yaml", &config).unwrap()
+    }
+
+    fn turn(&mut self) {
+        for (policy, key) in Self::buckets() {
+            let entry = self.entry(policy, key, 0, false, true);
+            self.ledger.push(entry);
+        }
+        self.turned = 1 - self.turned;
+    }
+
+    fn entry(&self, policy: usize, key: usize, tokens: i64, estimated: bool, told: bool) -> Entry {
+        let (at_millis, per_millis) = (self.now_millis, POLICIES[policy].per_millis[self.turned]);
+        Entry { policy, key, at_millis, per_millis, tokens, estimated, told }
+    }
+
     fn start(&mut self) {
-        let recovered = recover(self.journal.open(), &self.config, &self.clock).unwrap();
+        let recovered = recover(self.journal.open(), &self.config(), &self.clock).unwrap();
         let Recovered { catalogue, cells, grants, writer, clock, boot, .. } = recovered;
         let stop = {
             let cells = Arc::clone(&cells);
@@ -190,10 +232,10 @@ impl World {
     }
 
     fn acquire(&mut self, policy: usize, key: usize, tokens: u64, estimated: bool) -> Option<u64> {
-        let (at_millis, next) = (self.now_millis, self.ledger.len());
+        let next = self.ledger.len();
         let life = self.life.as_mut().unwrap();
         let ask =
-            Ask { policy: POLICIES[policy].0, key: KEYS[key], cost: Cost { tokens, estimated } };
+            Ask { policy: POLICIES[policy].name, key: KEYS[key], cost: Cost { tokens, estimated } };
         let acquire = Acquire { namespace: "test", asks: [ask].into_iter().collect() };
         let caller = life.app.caller(Principal::Anonymous);
         let (acquired, durable) = match life.app.acquire(caller, &acquire).unwrap() {
@@ -206,35 +248,45 @@ impl World {
         if acquired.decision.allowed {
             let charged = i64::try_from(tokens).unwrap();
             let told = durable.is_none();
-            let entry = Entry { policy, key, at_millis, tokens: charged, estimated, told };
-            self.ledger.push(entry);
             life.waiting.extend(durable.map(|durable| (durable, next)));
+            let entry = self.entry(policy, key, charged, estimated, told);
+            self.ledger.push(entry);
             // Its caller would not know its id before it is told; what is refused is never reported.
             self.open.extend(acquired.grant.map(|(_, id)| (id, policy, key, tokens)));
         }
         None
     }
 
-    fn report(&mut self, index: usize, percent: u64) {
-        let (id, policy, key, estimate) = self.open.remove(index);
+    fn report(&mut self, which: prop::sample::Index, percent: u64) {
+        if self.open.is_empty() {
+            if !self.dead.is_empty() {
+                let dead = self.dead[which.index(self.dead.len())];
+                assert_eq!(self.reported(dead, 0), Reported::UnknownGrant);
+            }
+            return;
+        }
+        let (id, policy, key, estimate) = self.open.remove(which.index(self.open.len()));
+        // Nobody knows a grant that was not told.
         self.write(false);
         let actual = estimate * percent / 100;
-        let at_millis = self.now_millis;
-        let life = self.life.as_mut().unwrap();
+        if self.reported(id, actual) == Reported::Applied {
+            // What is owed is not the ledger's: it was not admitted.
+            let refunded = i64::try_from(estimate.saturating_sub(actual)).unwrap();
+            let entry = self.entry(policy, key, -refunded, true, true);
+            self.ledger.push(entry);
+        }
+    }
+
+    fn reported(&mut self, id: GrantId, actual: u64) -> Reported {
+        let life = self.life();
         let caller = life.app.caller(Principal::Anonymous);
         let outcome = [Outcome { grant: Some(id), actual_cost: Some(actual) }];
         let mut report = pin!(life.app.report(caller, "test", &outcome));
-        let reported = loop {
+        loop {
             match report.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-                Poll::Ready(reported) => break reported.unwrap(),
+                Poll::Ready(reported) => return reported.unwrap()[0],
                 Poll::Pending => write_all(&mut life.writer).unwrap(),
-            }
-        };
-        if reported == [Reported::Applied] {
-            // What is owed is not the ledger's: it was not admitted.
-            let tokens = -i64::try_from(estimate.saturating_sub(actual)).unwrap();
-            let entry = Entry { policy, key, at_millis, tokens, estimated: true, told: true };
-            self.ledger.push(entry);
+            };
         }
     }
 
@@ -245,14 +297,7 @@ impl World {
             life.writer.catch_up();
         }
         write_all(&mut life.writer).unwrap();
-        life.waiting.retain_mut(|(durable, index)| {
-            let told = settled(durable);
-            if let Some(told) = &told {
-                told.as_ref().unwrap();
-                self.ledger[*index].told = true;
-            }
-            told.is_none()
-        });
+        tell(&mut life.waiting, &mut self.ledger);
         if catch_up {
             self.caught_up = entries;
         }
@@ -263,23 +308,28 @@ impl World {
         self.clock.advance(Duration::from_millis(millis));
     }
 
-    fn stop(&mut self) {
+    fn stop(&mut self, turns: bool) {
         let mut before = Vec::new();
         for (policy, key) in Self::buckets() {
             before.push(self.acquire(policy, key, 0, false));
         }
-        self.write(true);
-        let Life { app, writer, stop, .. } = self.life.take().unwrap();
+        let Life { app, writer, stop, mut waiting, .. } = self.life.take().unwrap();
         stop();
         writer.finish(&app.grants().all()).unwrap();
+        tell(&mut waiting, &mut self.ledger);
+        assert!(waiting.is_empty(), "whoever waited is told");
+        self.caught_up = self.ledger.len();
         self.journal.lose_power();
+        if turns {
+            self.turn();
+        }
         self.start();
         for ((policy, key), before) in Self::buckets().zip(before) {
             assert_eq!(self.acquire(policy, key, 0, false), before, "a clean stop loses nothing");
         }
     }
 
-    fn crash(&mut self, synced_only: bool, wall_goes_back_millis: u64) {
+    fn crash(&mut self, synced_only: bool, wall_goes_back_millis: u64, turns: bool) {
         if synced_only {
             self.journal.lose_power();
         } else {
@@ -287,16 +337,19 @@ impl World {
         }
         self.life = None;
         self.crashes += 1;
-        self.open.clear();
+        self.dead.extend(self.open.drain(..).map(|(id, ..)| id));
         if wall_goes_back_millis > 0 {
             self.wall_went_back = true;
             self.clock.turn_wall_back(Duration::from_millis(wall_goes_back_millis));
         }
         // What relaxed was told since it was last written is forgotten, and may be admitted again.
         for entry in &mut self.ledger[self.caught_up..] {
-            entry.told &= POLICIES[entry.policy].0 != "lax";
+            entry.told &= POLICIES[entry.policy].durability != "relaxed";
         }
         self.caught_up = self.ledger.len();
+        if turns {
+            self.turn();
+        }
         self.start();
         self.check_capacity();
     }
@@ -309,27 +362,23 @@ impl World {
         self.ledger.iter().filter(move |entry| (entry.policy, entry.key) == (policy, key))
     }
 
-    /// A crash takes at most one step of a mark from a slow bucket.
+    /// A crash takes at most one step of a mark, and a begun token, from a slow bucket.
     fn check_capacity(&mut self) {
-        for (index, key) in Self::buckets().filter(|(policy, _)| POLICIES[*policy].0 != "fast") {
-            let policy = POLICIES[index];
+        for (index, key) in Self::buckets().filter(|(policy, _)| *policy != TURNING) {
+            let Policy { name, burst, .. } = POLICIES[index];
             let mut ideal = Ideal::full();
-            // Charged whether or not anybody was told; credits of the dead are none.
+            // Charged whether or not anybody was told.
             for entry in self.of(index, key) {
-                ideal.charge(policy, entry);
+                ideal.charge(entry);
             }
-            ideal.refill(policy, self.now_millis);
-            let step = i128::from((policy.1.min(policy.3) / 100).max(1));
-            let left = i128::from(self.acquire(index, key, 0, false).unwrap());
+            ideal.refill(POLICIES[index].per_millis[self.turned], self.now_millis);
+            let left = self.acquire(index, key, 0, false).unwrap();
+            let left = i64::try_from(left).unwrap();
             // What is out refills no more, and nor does anything while the wall clock catches up.
             let estimated = self.of(index, key).any(|entry| entry.estimated);
             if !self.wall_went_back && !estimated {
-                assert!(
-                    left + self.crashes * (step + 1) >= ideal.left(policy).max(0),
-                    "{} {key}: {left} are left of {}",
-                    policy.0,
-                    ideal.left(policy)
-                );
+                let ideal = ideal.left(burst).max(0);
+                assert!(left + 2 * self.crashes >= ideal, "{name} {key}: {left} of {ideal}");
             }
         }
     }
@@ -337,20 +386,26 @@ impl World {
     /// Nobody was told to go on beyond what the bucket had.
     fn check(&self) {
         for (index, key) in Self::buckets() {
-            let policy = POLICIES[index];
+            let Policy { name, burst, .. } = POLICIES[index];
             let mut ideal = Ideal::full();
             for entry in self.of(index, key).filter(|entry| entry.told) {
-                ideal.charge(policy, entry);
-                assert!(
-                    ideal.left(policy) >= 0,
-                    "{} {key} at {} ms: {:?}",
-                    policy.0,
-                    entry.at_millis,
-                    self.ledger
-                );
+                ideal.charge(entry);
+                assert!(ideal.left(burst) >= 0, "{name} {key}, {entry:?}: {:?}", self.ledger);
             }
         }
     }
+}
+
+/// Notes who has been told that it may go on.
+fn tell(waiting: &mut Vec<(Durable, usize)>, ledger: &mut [Entry]) {
+    waiting.retain_mut(|(durable, index)| match settled(durable) {
+        Some(told) => {
+            told.unwrap();
+            ledger[*index].told = true;
+            false
+        }
+        None => true,
+    });
 }
 
 proptest! {
@@ -362,14 +417,10 @@ proptest! {
         for event in history {
             match event {
                 Event::Acquire { policy, key, percent, estimated } => {
-                    let tokens = (POLICIES[policy].3 * percent / 100).max(1);
+                    let tokens = (POLICIES[policy].burst * percent / 100).max(1);
                     world.acquire(policy, key, tokens, estimated);
                 }
-                Event::Report { which, percent } => {
-                    if !world.open.is_empty() {
-                        world.report(which.index(world.open.len()), percent);
-                    }
-                }
+                Event::Report { which, percent } => world.report(which, percent),
                 Event::Advance { millis } => world.advance(millis),
                 Event::Write { catch_up } => world.write(catch_up),
                 Event::Tend => {
@@ -378,9 +429,9 @@ proptest! {
                         life.cells.tend(&life.app.catalogue(), life.app.caller(Principal::Anonymous).now);
                     }
                 }
-                Event::Stop => world.stop(),
-                Event::Crash { synced_only, wall_goes_back_millis } => {
-                    world.crash(synced_only, wall_goes_back_millis);
+                Event::Stop { turns } => world.stop(turns),
+                Event::Crash { synced_only, wall_goes_back_millis, turns } => {
+                    world.crash(synced_only, wall_goes_back_millis, turns);
                 }
             }
             world.check();
