@@ -24,9 +24,19 @@ impl Default for ManualClock {
 impl ManualClock {
     /// Moves both clocks on.
     pub fn advance(&self, by: Duration) {
+        self.advance_each(by, by);
+    }
+
+    /// Moves each clock on, as where one of them is slow or fast.
+    pub fn advance_each(&self, monotonic: Duration, wall: Duration) {
         let mut now = self.now.lock();
-        now.0 += by;
-        now.1 += by;
+        now.0 += monotonic;
+        now.1 += wall;
+    }
+
+    /// Sets the wall clock forward by so much, as people do.
+    pub fn turn_wall_on(&self, by: Duration) {
+        self.now.lock().1 += by;
     }
 
     /// Sets the wall clock back by so much, as people do.

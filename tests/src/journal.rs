@@ -26,6 +26,9 @@ struct Disk {
     life: u64,
 }
 
+/// What was on a disk at one time.
+pub struct Copy(Records);
+
 /// The disk, as one life of a server has it open.
 struct Open {
     disk: Arc<Mutex<Disk>>,
@@ -64,6 +67,22 @@ impl Simulated {
         let mut disk = self.disk.lock();
         let record = disk.written.iter_mut().find(|((of, _), _)| *of == keyspace);
         *record.expect("a record to corrupt").1 = vec![0xff; 7];
+    }
+
+    /// Changes a record.
+    pub fn edit(&self, keyspace: Keyspace, key: &[u8], change: impl FnOnce(&mut Vec<u8>)) {
+        change(self.disk.lock().written.get_mut(&(keyspace, key.to_vec())).expect("a record"));
+    }
+
+    /// What is on the disk, without its witness.
+    pub fn copy(&self) -> Copy {
+        Copy(self.disk.lock().written.clone())
+    }
+
+    /// Puts a copy back; the witness stays as it is.
+    pub fn restore(&self, copy: &Copy) {
+        let mut disk = self.disk.lock();
+        (disk.written, disk.synced) = (copy.0.clone(), copy.0.clone());
     }
 
     /// Number of records in a keyspace.

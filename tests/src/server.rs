@@ -76,6 +76,24 @@ impl Server {
 
     /// Starts a server, ready or not.
     pub async fn begin(journal: OpenJournal, clock: Arc<ManualClock>, config: &str) -> Self {
+        Self::begin_with(journal, clock, config, false).await
+    }
+
+    /// Starts a server, ready or not, although its journal has lost something.
+    pub async fn begin_accepting_loss(
+        journal: OpenJournal,
+        clock: Arc<ManualClock>,
+        config: &str,
+    ) -> Self {
+        Self::begin_with(journal, clock, config, true).await
+    }
+
+    async fn begin_with(
+        journal: OpenJournal,
+        clock: Arc<ManualClock>,
+        config: &str,
+        accept_loss: bool,
+    ) -> Self {
         let config = Config::parse("test.yaml", config).expect("a configuration");
         let listeners = Listeners {
             grpc: TcpListener::bind("127.0.0.1:0").await.expect("a free port"),
@@ -87,7 +105,7 @@ impl Server {
         let running = tokio::spawn(run::run(Parts {
             namespaces: config.namespaces,
             durability: config.storage.durability,
-            accept_loss: false,
+            accept_loss,
             drain_timeout: config.drain_timeout,
             listeners,
             clock: Arc::clone(&clock) as Arc<_>,

@@ -3,6 +3,7 @@
 
 mod acquire;
 mod bad_input;
+mod clocks;
 mod life;
 mod report;
 mod restart;

@@ -10,7 +10,7 @@ use fusebox_server::{
     storage::{Answer, Recovered, journal::Keyspace},
 };
 use fusebox_tests::{
-    ManualClock, Server, Simulated,
+    ManualClock, Server, Simulated, eventually,
     panel::{acquire, recover, told, write_all},
 };
 
@@ -253,4 +253,84 @@ async fn records_that_make_no_sense_stop_the_start() {
         assert!(matches!(refused, RunError::Recovery(_)), "{refused}");
         assert!(refused.to_string().contains("makes no sense"), "{refused}");
     }
+}
+
+#[tokio::test]
+async fn a_data_directory_that_lost_commits_is_refused() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let copy = journal.copy();
+    let client = server.client("test").await;
+    assert!(client.acquire([Ask::new("three", "a").cost(3)]).await.unwrap().allowed);
+    server.stop().await.unwrap();
+
+    // As if an old copy of the store had been put back, without its witness.
+    journal.restore(&copy);
+    let server = Server::begin(journal.open(), Arc::clone(&clock), CONFIG).await;
+    let refused = server.ended().await.unwrap_err().to_string();
+    assert!(refused.contains("lost its last commits"), "{refused}");
+    assert!(refused.contains("--accept-loss"), "it says what to do: {refused}");
+
+    let accepting = Server::begin_accepting_loss(journal.open(), Arc::clone(&clock), CONFIG).await;
+    eventually("it is ready", async || accepting.http("/readyz").await.0 == 200).await;
+    assert_eq!(remaining(&accepting, "three", "a").await, 3, "what was lost may be spent again");
+    accepting.stop().await.unwrap();
+    Server::start_on(journal.open(), clock, CONFIG).await.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn another_format_is_refused() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    server.stop().await.unwrap();
+    // The first field of the record of the directory: format 2.
+    journal.edit(Keyspace::Meta, b"directory", |record| record[1] = 2);
+    let server = Server::begin(journal.open(), clock, CONFIG).await;
+    let refused = server.ended().await.unwrap_err().to_string();
+    assert!(refused.contains("has format 2, and this version reads 1"), "{refused}");
+}
+
+#[test]
+fn a_busy_key_is_written_seldom_and_loses_one_step() {
+    const CHARGES: u64 = 20_000;
+    let config =
+        "namespaces: {test: {policies: {million: {token_bucket: {limit: 1000000, per: 1d}}}}}";
+    let config = Config::parse("test.yaml", config).unwrap();
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let mut panel = recover(journal.open(), &config, &clock).unwrap();
+    let charge = |panel: &Recovered, tokens| {
+        acquire(panel, "million", "a", Cost { tokens, estimated: false }).unwrap()
+    };
+    let mut waits = 0;
+    for _ in 0..CHARGES {
+        let answer = charge(&panel, 1);
+        waits += u64::from(matches!(answer, Answer::Later(..)));
+        assert!(told(answer, &mut panel.writer).allowed);
+    }
+    assert!(waits < 30, "{waits} of {CHARGES} waited for the disk");
+
+    journal.lose_power();
+    let panel = recover(journal.open(), &config, &clock).unwrap();
+    let Answer::Now(peek) = charge(&panel, 0) else { panic!("a peek waits for nothing") };
+    let spent = 1_000_000 - peek.verdicts[0].remaining;
+    // A hundredth of the limit, at most.
+    assert!((CHARGES..=CHARGES + 10_000).contains(&spent), "{spent} of {CHARGES}");
+}
+
+#[tokio::test]
+async fn what_is_never_written_starts_empty_after_a_crash_and_fills_in_its_own_time() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    journal.kill();
+    server.stop().await.unwrap_err();
+
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
+    assert_eq!(remaining(&server, "tokens", "never seen").await, 0);
+    server.advance(Duration::from_secs(3));
+    assert_eq!(remaining(&server, "tokens", "never seen").await, 30);
+    server.advance(Duration::from_secs(7));
+    assert_eq!(remaining(&server, "tokens", "never seen").await, 100);
+    // What is written starts as it was: full, if nobody asked for it.
+    assert_eq!(remaining(&server, "hundred", "never seen").await, 100);
+    server.stop().await.unwrap();
 }
