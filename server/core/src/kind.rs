@@ -14,8 +14,9 @@ pub trait Kind: Sized {
     /// What one cell remembers.
     type State: Copy + From<Self::Mark>;
 
-    /// What is kept of a cell on disk while it lives: an upper bound of what it has spent.
-    type Mark: Copy;
+    /// What is kept of a cell on disk while it lives: an upper bound of what it has spent. Made of a state
+    /// alone, it covers that and nothing more.
+    type Mark: Copy + From<Self::State>;
 
     /// Most that an ask could ever be granted at once. More is never possible; 0 blocks all.
     fn capacity(&self) -> u64;
@@ -183,6 +184,13 @@ impl Mark {
     pub const fn at(&self) -> Time {
         let Self::TokenBucket(mark) = self;
         mark.at
+    }
+}
+
+impl From<State> for Mark {
+    fn from(state: State) -> Self {
+        let State::TokenBucket(state) = state;
+        Self::TokenBucket(state.into())
     }
 }
 

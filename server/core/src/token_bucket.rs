@@ -128,6 +128,12 @@ pub struct Mark {
     pub at: Time,
 }
 
+impl From<State> for Mark {
+    fn from(state: State) -> Self {
+        Self { spent: state.spent_rounded_up(), at: state.at }
+    }
+}
+
 impl From<Mark> for State {
     fn from(Mark { spent, at }: Mark) -> Self {
         Self { spent, ..Self::full(at) }
@@ -200,9 +206,9 @@ impl Kind for TokenBucket {
 
     fn mark(&self, state: State, step: u64) -> Mark {
         // A mark alone never puts a bucket into debt: beyond the burst there is nothing to admit.
-        let spent = state.spent_rounded_up();
+        let Mark { spent, at } = state.into();
         let ahead = spent.saturating_add(step).min(self.burst);
-        Mark { spent: ahead.max(spent), at: state.at }
+        Mark { spent: ahead.max(spent), at }
     }
 
     fn max_step(&self) -> u64 {

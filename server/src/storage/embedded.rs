@@ -149,8 +149,8 @@ impl Embedded {
         }
     }
 
-    /// What one shard has for the writer when it has time.
-    pub(super) fn take_lagging(&self, shard: usize, changes: &mut Vec<Change>) {
+    /// What the writer's round of that number carries of one shard because it has time.
+    pub(super) fn take_lagging(&self, shard: usize, round: u64, changes: &mut Vec<Change>) {
         let mut shard = self.shards[shard].lock();
         let Shard { cells, lagging, .. } = &mut *shard;
         for id in lagging.drain(..) {
@@ -159,6 +159,11 @@ impl Embedded {
                 id,
                 kept: entry.map(|entry| {
                     entry.lagging = false;
+                    if entry.lowered {
+                        // Until the round is durable what is on disk covers more, never less.
+                        #[allow(clippy::cast_possible_truncation)]
+                        entry.lower_mark(round as u32);
+                    }
                     (entry.number, entry.kept())
                 }),
             });
@@ -369,6 +374,9 @@ impl Storage for Embedded {
         let changes =
             changed.map(|cell| found.changed(number, policy, keeping, cell)).into_iter().collect();
         let durable = self.write(&mut locked, &changes, &mut None, now)?;
+        if settled.refunded > 0 && keeping == Keeping::Marked {
+            locked.lower(&found);
+        }
         Ok(Answer::new(settled, durable))
     }
 
@@ -469,6 +477,17 @@ impl<'a> Locked<'a> {
         let cells = &self.shards[shard].1.cells;
         let place = cells.place(id);
         Found { id, shard, place, cell: place.map(|place| cells.get(place).cell()) }
+    }
+
+    /// Has the mark of a cell lowered when the writer has time: a crash must not take what came back.
+    fn lower(&mut self, found: &Found) {
+        let Shard { cells, lagging, .. } = &mut *self.shards[found.shard].1;
+        let Some(entry) = found.place.map(|place| cells.get_mut(place)) else { return };
+        entry.lowered = true;
+        if !entry.lagging {
+            entry.lagging = true;
+            lagging.push(found.id);
+        }
     }
 
     /// What a changed cell needs of the disk.

@@ -27,6 +27,8 @@ pub(super) struct Entry {
     pub(super) queued: bool,
     /// The writer is to look at the cell when it has time.
     pub(super) lagging: bool,
+    /// And to lower its mark: some of what it covers came back.
+    pub(super) lowered: bool,
     /// A record of the cell is on disk, or will be.
     pub(super) on_disk: bool,
 }
@@ -44,6 +46,7 @@ impl Entry {
             marked: false,
             queued: false,
             lagging: false,
+            lowered: false,
             on_disk: false,
         }
     }
@@ -64,6 +67,14 @@ impl Entry {
     pub(super) fn set_mark(&mut self, Marked { mark, round, step }: Marked) {
         (self.mark, self.round, self.step) = (mark, round, step);
         (self.marked, self.on_disk) = (true, true);
+    }
+
+    /// The mark covers the present state and nothing more, carried by that round.
+    pub(super) fn lower_mark(&mut self, round: u32) {
+        self.lowered = false;
+        if self.marked {
+            (self.mark, self.round) = (self.state.into(), round);
+        }
     }
 
     /// What is to be on disk of the cell while it lives.

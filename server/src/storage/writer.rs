@@ -235,7 +235,7 @@ impl Writer {
         while changes.len() < slice
             && let Some(shard) = self.behind.next()
         {
-            self.cells.take_lagging(shard, &mut changes);
+            self.cells.take_lagging(shard, round, &mut changes);
         }
         if !changes.is_empty() {
             self.disk.records.fetch_add(changes.len() as u64, Ordering::Relaxed);

@@ -7,7 +7,7 @@ use fusebox_core::Cost;
 use fusebox_server::{
     config::Config,
     run::RunError,
-    storage::{Answer, Recovered, journal::Keyspace},
+    storage::{Answer, Recovered, Settlement, Storage, journal::Keyspace},
 };
 use fusebox_tests::{
     ManualClock, Server, Simulated, eventually,
@@ -315,6 +315,37 @@ fn a_busy_key_is_written_seldom_and_loses_one_step() {
     let spent = 1_000_000 - peek.verdicts[0].remaining;
     // A hundredth of the limit, at most.
     assert!((CHARGES..=CHARGES + 10_000).contains(&spent), "{spent} of {CHARGES}");
+}
+
+#[test]
+fn a_crash_does_not_take_what_came_back() {
+    let config = Config::parse("test.yaml", CONFIG).unwrap();
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let mut panel = recover(journal.open(), &config, &clock).unwrap();
+    let policy = Arc::clone(panel.catalogue.namespace("test").unwrap().policy("hundred").unwrap());
+    let cost = Cost { tokens: 60, estimated: true };
+    let answer = acquire(&panel, "hundred", "a", cost).unwrap();
+    assert!(told(answer, &mut panel.writer).allowed);
+    let settlement = Settlement {
+        cell: policy.cells.cell("a"),
+        number: policy.number,
+        policy: &policy.settings,
+        keeping: policy.keeping,
+        charged: 60,
+        actual: 10,
+    };
+    let settled = panel.cells.settle(&settlement, panel.clock.now()).unwrap();
+    assert_eq!(told(settled, &mut panel.writer).refunded, 50);
+    panel.writer.catch_up();
+    write_all(&mut panel.writer).unwrap();
+
+    journal.lose_power();
+    let panel = recover(journal.open(), &config, &clock).unwrap();
+    let peek = Cost { tokens: 0, estimated: false };
+    let Answer::Now(peek) = acquire(&panel, "hundred", "a", peek).unwrap() else {
+        panic!("a peek waits for nothing")
+    };
+    assert_eq!(peek.verdicts[0].remaining, 90);
 }
 
 #[tokio::test]

@@ -46,6 +46,8 @@ enum Broken {
     CreditTheDead,
     /// A repeated report gives its credit again.
     CreditTwice,
+    /// A mark that is lowered on disk still counts as what it was.
+    LowerOnDiskOnly,
     /// Server time after a restart is read off the wall clock, whatever it says.
     TrustTheWall,
 }
@@ -144,6 +146,8 @@ struct Panel {
     absent: Option<Bucket>,
     mark: Option<(Bucket, Stage)>,
     queued: bool,
+    /// Some of what the mark covers came back.
+    lowered: bool,
     taken: Option<Option<Record>>,
     committed: bool,
     sealed: bool,
@@ -171,6 +175,7 @@ enum Event {
     },
     Sweep,
     Take,
+    TakeLowered,
     Commit,
     Sync,
     BeginRotation,
@@ -201,6 +206,7 @@ impl Panel {
             absent: None,
             mark: None,
             queued: false,
+            lowered: false,
             taken: None,
             committed: false,
             sealed: false,
@@ -283,6 +289,20 @@ impl Panel {
         let out = state.out.saturating_sub(charge.cost);
         let spent = state.spent - 1.min(state.spent.saturating_sub(out));
         next.cell = Some(Bucket { spent, out, ..state });
+        next.lowered = self.class == Class::Slow;
+        Some(next)
+    }
+
+    /// The writer takes the present state for a mark, now or with what is queued.
+    fn take_lowered(&self) -> Option<Self> {
+        let cell = self.cell.filter(|_| self.lowered && self.taken.is_none())?;
+        let mut next = self.take().unwrap_or_else(|| self.clone());
+        let bucket = Bucket { out: 0, ..cell };
+        if self.broken != Broken::LowerOnDiskOnly {
+            next.mark = Some((bucket, Stage::Taken));
+        }
+        next.taken = Some(Some(Record { bucket, exact_of: 0 }));
+        next.lowered = false;
         Some(next)
     }
 
@@ -299,6 +319,7 @@ impl Panel {
             next.mark = None;
         }
         next.queued = self.class == Class::Slow;
+        next.lowered = false;
         Some(next)
     }
 
@@ -377,7 +398,7 @@ impl Panel {
 
     /// Nothing is charged from here on, and a rotation is given up.
     fn seal(&self) -> Option<Self> {
-        let idle = self.taken.is_none() && !self.queued && !self.sealed;
+        let idle = self.taken.is_none() && !self.queued && !self.lowered && !self.sealed;
         let fresh = self.fresh.filter(|_| self.broken == Broken::RotateWhileStopping);
         idle.then(|| Self { sealed: true, fresh, ..self.clone() })
     }
@@ -426,7 +447,8 @@ impl Panel {
         }
         next.store.synced = next.store.written;
         (next.fresh, next.taken, next.committed) = (None, None, false);
-        (next.alive, next.sealed, next.queued) = (true, false, false);
+        (next.alive, next.sealed) = (true, false);
+        (next.queued, next.lowered) = (false, false);
         (next.mark, next.cell) = (None, None);
 
         // Time goes on by as much as the wall clock says, never back.
@@ -521,6 +543,7 @@ impl World for Panel {
             add(Event::Refund { again: true }, self.refund(true));
             add(Event::Sweep, self.sweep());
             add(Event::Take, self.take());
+            add(Event::TakeLowered, self.take_lowered());
             add(Event::Commit, self.commit());
             add(Event::Sync, self.sync());
             add(Event::BeginRotation, self.begin_rotation());
@@ -601,6 +624,7 @@ fn every_rule_is_needed() {
         StopWithoutSeal,
         CreditTheDead,
         CreditTwice,
+        LowerOnDiskOnly,
         TrustTheWall,
     ] {
         let found = [Class::Slow, Class::Fast].map(|class| search(Panel::new(broken, class)));
