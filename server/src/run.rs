@@ -334,7 +334,7 @@ impl WriterThread {
 mod tests {
     use std::sync::mpsc::Receiver;
 
-    use fusebox_core::{Charging, Cost};
+    use fusebox_core::{Charging, Cost, Decision};
     use parking_lot::Mutex;
 
     use super::*;
@@ -422,9 +422,9 @@ mod tests {
             keeping: policy.keeping,
             cost: Cost { tokens: 1, estimated: false },
         };
-        let asks = [ask].into_iter().collect();
-        let charge = Charge { charging: Charging::AllOrNothing, asks };
-        recovered.cells.apply(&charge, None, recovered.clock.now()).unwrap();
+        let charge = Charge { charging: Charging::AllOrNothing, asks: &[ask] };
+        let (now, mut decision) = (recovered.clock.now(), Decision::default());
+        recovered.cells.apply(&charge, None, now, &mut decision).unwrap();
         (recovered.writer, go)
     }
 
