@@ -1,5 +1,7 @@
 //! The cells of one shard: densely packed, found by a table of four bytes each.
 
+use std::num::NonZeroU8;
+
 use fusebox_core::{Cell, Mark, State};
 use hashbrown::{HashTable, hash_table};
 
@@ -19,10 +21,8 @@ pub(super) struct Entry {
     /// The round of the writer that carries the mark, cut to 32 bits: those that are not durable yet are
     /// the next two, so nothing is mistaken.
     round: u32,
-    /// The mark runs `2^step` tokens ahead; none if 0.
-    step: u8,
-    /// There is a mark.
-    marked: bool,
+    /// If there is a mark, one more than its step: so both fit one byte.
+    above_step: Option<NonZeroU8>,
     /// The mark waits for the writer.
     pub(super) queued: bool,
     /// The writer is to look at the cell when it has time.
@@ -40,8 +40,7 @@ impl Entry {
             state: cell.state,
             mark: Mark::TokenBucket(fusebox_core::token_bucket::Mark::default()),
             round: 0,
-            step: 0,
-            marked: false,
+            above_step: None,
             queued: false,
             lagging: false,
             on_disk: false,
@@ -58,17 +57,18 @@ impl Entry {
 
     /// The mark that is on disk, or on its way there.
     pub(super) fn mark(&self) -> Option<Marked> {
-        self.marked.then_some(Marked { mark: self.mark, round: self.round, step: self.step })
+        let step = self.above_step?.get() - 1;
+        Some(Marked { mark: self.mark, round: self.round, step })
     }
 
     pub(super) fn set_mark(&mut self, Marked { mark, round, step }: Marked) {
-        (self.mark, self.round, self.step) = (mark, round, step);
-        (self.marked, self.on_disk) = (true, true);
+        (self.mark, self.round, self.on_disk) = (mark, round, true);
+        self.above_step = Some(NonZeroU8::MIN.saturating_add(step));
     }
 
     /// What is to be on disk of the cell while it lives.
     pub(super) fn kept(&self) -> Cell {
-        let state = if self.marked { self.mark.into() } else { self.state };
+        let state = if self.above_step.is_some() { self.mark.into() } else { self.state };
         Cell { revision: self.revision, state }
     }
 }
@@ -78,6 +78,7 @@ impl Entry {
 pub(super) struct Marked {
     pub(super) mark: Mark,
     pub(super) round: u32,
+    /// It runs `2^step` tokens ahead, at most 2^63; none if 0.
     pub(super) step: u8,
 }
 
@@ -192,7 +193,7 @@ mod tests {
 
     #[test]
     fn an_entry_stays_small() {
-        assert_eq!(size_of::<Entry>(), 80 + 8);
+        assert_eq!(size_of::<Entry>(), 80);
     }
 
     #[test]
