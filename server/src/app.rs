@@ -12,7 +12,7 @@ use thiserror::Error;
 use self::grants::{Grant, Taken};
 pub use self::grants::{GrantId, Grants};
 use crate::{
-    catalogue::{Catalogue, CellId, Policy},
+    catalogue::{Catalogue, Namespace, Policy},
     clock::ServerClock,
     counters::Reports,
     entropy::Entropy,
@@ -39,11 +39,20 @@ pub struct Caller {
 
 /// An Acquire that is well-formed.
 #[derive(Clone, Debug)]
-pub struct Acquire<'a> {
+pub struct Acquire<'a, A> {
     /// Namespace of the policies.
     pub namespace: &'a str,
     /// 1 to 16 asks; at most one is estimated.
-    pub asks: ArrayVec<Ask<'a>, MAX_RULES>,
+    pub asks: A,
+}
+
+/// Acquires that are well-formed, to be decided one after another.
+#[derive(Clone, Debug)]
+pub struct Batch<'a, E> {
+    /// Namespace of all the policies.
+    pub namespace: &'a str,
+    /// The asks of each, as those of an [`Acquire`].
+    pub entries: E,
 }
 
 /// An ask that is well-formed.
@@ -58,7 +67,7 @@ pub struct Ask<'a> {
 }
 
 /// What became of an Acquire.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Acquired {
     /// The decision.
     pub decision: Decision,
@@ -205,51 +214,76 @@ impl App {
         Caller { principal, now: self.clock.now() }
     }
 
-    /// Decides one Acquire.
+    /// Decides one Acquire; what is to be told of it is what `tell` makes.
     ///
     /// # Errors
     /// If nothing could be decided.
-    pub fn acquire(
+    pub fn acquire<'a, T>(
         &self,
         caller: Caller,
-        acquire: &Acquire<'_>,
-    ) -> Result<Answer<Acquired>, AcquireError> {
+        acquire: Acquire<'a, impl IntoIterator<Item = Ask<'a>>>,
+        tell: impl FnOnce(&Acquired) -> T,
+    ) -> Result<Answer<T>, AcquireError> {
         let catalogue = self.catalogue.load();
-        let resolved = Resolved::new(&catalogue, acquire)?;
-        let grant = self.reserve_grant(&resolved)?;
-        Ok(self.decide(caller, &resolved, None, grant)?)
+        let namespace = named(&catalogue, acquire.namespace)?;
+        let mut policies = ArrayVec::<_, MAX_RULES>::new();
+        let mut asks = ArrayVec::<_, MAX_RULES>::new();
+        for (index, ask) in acquire.asks.into_iter().enumerate() {
+            let (policy, ask) = resolved(namespace, index, ask)?;
+            policies.push(policy);
+            asks.push(ask);
+        }
+        let estimates = asks.iter().any(|ask| ask.cost.estimated);
+        let mut grants = estimates.then(|| self.reserve_grants(1)).transpose()?;
+        let resolved = Resolved { policies: &policies, asks: &asks };
+        Ok(self.decide(caller, resolved, None, grants.as_mut(), tell)?)
     }
 
-    /// Decides each Acquire of a batch, in order, against one snapshot of the policies.
+    /// Decides each Acquire of a batch, in order, against one snapshot of the policies; what is to be told of
+    /// each is what `tell` makes.
     ///
     /// # Errors
     /// If one of them could not be decided; then nothing was charged, unless the storage failed.
-    pub fn acquire_batch(
+    pub fn acquire_batch<'a, T>(
         &self,
         caller: Caller,
-        entries: &[Acquire<'_>],
-    ) -> Result<Vec<Answer<Acquired>>, BatchError> {
+        batch: Batch<'a, impl ExactSizeIterator<Item: IntoIterator<Item = Ask<'a>>>>,
+        tell: impl Fn(&Acquired) -> T,
+    ) -> Result<Vec<Answer<T>>, BatchError> {
         let catalogue = self.catalogue.load();
         let in_entry = |index, error| BatchError { entry: Some(index), error };
-        let resolved = (0..).zip(entries).map(|(index, entry)| {
-            Resolved::new(&catalogue, entry).map_err(|error| in_entry(index, error))
-        });
-        let resolved = resolved.collect::<Result<Vec<_>, _>>()?;
+        let in_all = |error| BatchError { entry: None, error };
+        // An unknown namespace is told of the first entry, which is the first that is looked at.
+        let namespace = named(&catalogue, batch.namespace).map_err(|error| in_entry(0, error))?;
+
+        // Those of all entries in one row, and where each entry ends in it.
+        let entries = batch.entries.len();
+        let (mut policies, mut asks) = (Vec::with_capacity(entries), Vec::with_capacity(entries));
+        let mut ends = Vec::with_capacity(entries);
+        for (entry, entry_asks) in batch.entries.enumerate() {
+            for (index, ask) in entry_asks.into_iter().enumerate() {
+                let found = resolved(namespace, index, ask);
+                let (policy, ask) = found.map_err(|error| in_entry(entry, error))?;
+                policies.push(policy);
+                asks.push(ask);
+            }
+            ends.push(asks.len());
+        }
 
         // All the room that any entry may need, so that none fails after another was charged.
-        let rooms = resolved.iter().map(|entry| {
-            let room = self.storage.reserve(&entry.charge)?;
-            Ok((room, self.reserve_grant(entry)?))
-        });
-        let rooms = rooms.collect::<Result<Vec<_>, AcquireError>>();
-        let rooms = rooms.map_err(|error| BatchError { entry: None, error })?;
+        let mut room = self.storage.reserve(&asks).map_err(|error| in_all(error.into()))?;
+        let estimates = asks.iter().filter(|ask| ask.cost.estimated).count();
+        let mut grants = self.reserve_grants(estimates).map_err(in_all)?;
 
-        let answers =
-            (0..).zip(resolved.iter().zip(rooms)).map(|(index, (entry, (room, grant)))| {
-                let answer = self.decide(caller, entry, Some(room), grant);
-                answer.map_err(|error| in_entry(index, error.into()))
-            });
-        answers.collect()
+        let mut answers = Vec::with_capacity(entries);
+        let mut start = 0;
+        for (entry, end) in ends.into_iter().enumerate() {
+            let resolved = Resolved { policies: &policies[start..end], asks: &asks[start..end] };
+            start = end;
+            let answer = self.decide(caller, resolved, Some(&mut room), Some(&mut grants), &tell);
+            answers.push(answer.map_err(|error| in_entry(entry, error.into()))?);
+        }
+        Ok(answers)
     }
 
     /// Settles grants, each once.
@@ -302,52 +336,53 @@ impl App {
         Ok(())
     }
 
-    /// Room for the grant that an Acquire may open, if it may.
-    fn reserve_grant(&self, resolved: &Resolved<'_>) -> Result<Option<Reservation>, AcquireError> {
-        let reserve = |_| self.grants.reserve(1).ok_or(AcquireError::GrantsFull);
-        resolved.estimate.map(reserve).transpose()
+    /// Room for so many grants, one for each estimate.
+    fn reserve_grants(&self, amount: usize) -> Result<Reservation, AcquireError> {
+        self.grants.reserve(amount).ok_or(AcquireError::GrantsFull)
     }
 
     /// Charges and concludes; when it may be told is in the answer.
-    fn decide(
+    fn decide<T>(
         &self,
         caller: Caller,
-        resolved: &Resolved<'_>,
-        room: Option<Room>,
-        grant: Option<Reservation>,
-    ) -> Result<Answer<Acquired>, StorageError> {
-        let owed = resolved.estimate.zip(grant);
-        let answer = self.storage.apply(&resolved.charge, room, caller.now)?;
+        resolved: Resolved<'_>,
+        room: Option<&mut Room>,
+        grants: Option<&mut Reservation>,
+        tell: impl FnOnce(&Acquired) -> T,
+    ) -> Result<Answer<T>, StorageError> {
+        let mut acquired = Acquired::default();
+        let charge = Charge { charging: Charging::AllOrNothing, asks: resolved.asks };
+        let answer = self.storage.apply(&charge, room, caller.now, &mut acquired.decision)?;
         // Concluded at once: a caller that goes away while the disk is at it must not leave an estimate out
         // that nobody can settle.
-        Ok(answer.map(|decision| self.conclude(caller, decision, &resolved.policies, owed)))
+        self.conclude(caller, resolved, grants, &mut acquired);
+        Ok(answer.map(|()| tell(&acquired)))
     }
 
     /// Counts a decision, and opens the grant that it owes in the room that is there for it.
     fn conclude(
         &self,
         caller: Caller,
-        decision: Decision,
-        policies: &[&Arc<Policy>],
-        owed: Option<(Estimate, Reservation)>,
-    ) -> Acquired {
+        Resolved { policies, asks }: Resolved<'_>,
+        grants: Option<&mut Reservation>,
+        Acquired { decision, grant }: &mut Acquired,
+    ) {
         for (policy, verdict) in policies.iter().zip(&decision.verdicts) {
             if verdict.cost > 0 {
-                policy.decisions.count(&decision, verdict.admission);
+                policy.decisions.count(decision, verdict.admission);
             }
         }
-        let open = |(Estimate { ask, cell, amount }, mut room)| {
-            let grant = Grant {
-                principal: caller.principal,
-                policy: Arc::clone(policies[ask]),
-                cell,
-                amount,
-                expires_at: caller.now.after(limits::ESTIMATE_LIFE),
-            };
-            Some((ask, self.grants.open_grant(grant, &mut room, &*self.entropy)?))
+        let estimate = asks.iter().position(|ask| ask.cost.estimated);
+        let Some((ask, room)) = estimate.zip(grants).filter(|_| decision.allowed) else { return };
+        let owed = Grant {
+            principal: caller.principal,
+            policy: Arc::clone(policies[ask]),
+            cell: asks[ask].cell,
+            amount: asks[ask].cost.tokens,
+            expires_at: caller.now.after(limits::ESTIMATE_LIFE),
         };
-        let grant = owed.filter(|_| decision.allowed).and_then(open);
-        Acquired { decision, grant }
+        let opened = self.grants.open_grant(owed, room, &*self.entropy);
+        *grant = opened.map(|id| (ask, id));
     }
 
     async fn settle(
@@ -375,57 +410,43 @@ impl App {
     }
 }
 
-/// An Acquire whose names are found.
-struct Resolved<'a> {
-    policies: ArrayVec<&'a Arc<Policy>, MAX_RULES>,
-    charge: Charge<'a>,
-    estimate: Option<Estimate>,
-}
-
-/// The ask that opens a grant.
+/// An Acquire whose names are found: its asks, and the policy of each.
 #[derive(Clone, Copy)]
-struct Estimate {
-    ask: usize,
-    cell: CellId,
-    amount: u64,
+struct Resolved<'a> {
+    policies: &'a [&'a Arc<Policy>],
+    asks: &'a [CellAsk<'a>],
 }
 
-impl<'a> Resolved<'a> {
-    fn new(catalogue: &'a Catalogue, acquire: &Acquire<'_>) -> Result<Self, AcquireError> {
-        let namespace = catalogue
-            .namespace(acquire.namespace)
-            .ok_or_else(|| AcquireError::UnknownNamespace(acquire.namespace.to_owned()))?;
-        let mut policies = ArrayVec::new();
-        let mut asks = ArrayVec::new();
-        for (index, Ask { policy: name, key, cost }) in acquire.asks.iter().enumerate() {
-            let policy = namespace.policy(name).ok_or_else(|| AcquireError::UnknownPolicy {
-                ask: index,
-                policy: (*name).to_owned(),
-            })?;
-            // A limit of 0 denies all, which is an answer; above another limit there is none.
-            let most = policy.settings.limit.capacity();
-            if most > 0 && cost.tokens > most {
-                return Err(AcquireError::NeverPossible {
-                    ask: index,
-                    policy: (*name).to_owned(),
-                    cost: cost.tokens,
-                    most,
-                });
-            }
-            policies.push(policy);
-            asks.push(CellAsk {
-                cell: policy.cells.cell(key),
-                number: policy.number,
-                policy: &policy.settings,
-                keeping: policy.keeping,
-                cost: *cost,
-            });
-        }
-        let estimated = |(ask, CellAsk { cell, cost, .. }): (usize, &CellAsk<'_>)| {
-            cost.estimated.then_some(Estimate { ask, cell: *cell, amount: cost.tokens })
-        };
-        let estimate = asks.iter().enumerate().find_map(estimated);
-        let charge = Charge { charging: Charging::AllOrNothing, asks };
-        Ok(Self { policies, charge, estimate })
+fn named<'a>(catalogue: &'a Catalogue, namespace: &str) -> Result<&'a Namespace, AcquireError> {
+    let found = catalogue.namespace(namespace);
+    found.ok_or_else(|| AcquireError::UnknownNamespace(namespace.to_owned()))
+}
+
+/// The ask of that index, with its policy.
+fn resolved<'a>(
+    namespace: &'a Namespace,
+    index: usize,
+    Ask { policy: name, key, cost }: Ask<'_>,
+) -> Result<(&'a Arc<Policy>, CellAsk<'a>), AcquireError> {
+    let policy = namespace
+        .policy(name)
+        .ok_or_else(|| AcquireError::UnknownPolicy { ask: index, policy: name.to_owned() })?;
+    // A limit of 0 denies all, which is an answer; above another limit there is none.
+    let most = policy.settings.limit.capacity();
+    if most > 0 && cost.tokens > most {
+        return Err(AcquireError::NeverPossible {
+            ask: index,
+            policy: name.to_owned(),
+            cost: cost.tokens,
+            most,
+        });
     }
+    let ask = CellAsk {
+        cell: policy.cells.cell(key),
+        number: policy.number,
+        policy: &policy.settings,
+        keeping: policy.keeping,
+        cost,
+    };
+    Ok((policy, ask))
 }

@@ -1,7 +1,8 @@
 //! The policies in force: an immutable snapshot, swapped whole.
 
-use std::{collections::HashMap, fmt, hash::Hasher, sync::Arc};
+use std::{fmt, hash::Hasher, sync::Arc};
 
+use hashbrown::HashMap;
 use siphasher::sip128::{Hash128, Hasher128, SipHasher24};
 
 use crate::{counters::Decisions, storage::Keeping};

@@ -14,7 +14,7 @@ use fusebox_proto::v1::{
 use tonic::{Request, Response, Status};
 
 use crate::{
-    app::{Acquired, App, Caller, Principal},
+    app::{App, Caller, Principal},
     lifecycle::{Lifecycle, Phase},
     storage::Answer,
 };
@@ -52,9 +52,9 @@ impl Resilience for Service {
     ) -> Result<Response<AcquireResponse>, Status> {
         let (app, caller) = self.arrive()?;
         let acquire = parse::acquire(request.get_ref())?;
-        let answer = app.acquire(caller, &acquire);
+        let answer = app.acquire(caller, acquire, respond::acquired);
         let answer = answer.map_err(|error| status::acquire(&error, None))?;
-        Ok(Response::new(respond::acquired(&answered(answer).await?)))
+        Ok(Response::new(answered(answer).await?))
     }
 
     async fn acquire_batch(
@@ -62,12 +62,12 @@ impl Resilience for Service {
         request: Request<AcquireBatchRequest>,
     ) -> Result<Response<AcquireBatchResponse>, Status> {
         let (app, caller) = self.arrive()?;
-        let entries = parse::batch(request.get_ref())?;
-        let answers = app.acquire_batch(caller, &entries);
+        let batch = parse::batch(request.get_ref())?;
+        let answers = app.acquire_batch(caller, batch, respond::acquired);
         let answers = answers.map_err(|batch| status::acquire(&batch.error, batch.entry))?;
         let mut responses = Vec::with_capacity(answers.len());
         for answer in answers {
-            responses.push(respond::acquired(&answered(answer).await?));
+            responses.push(answered(answer).await?);
         }
         Ok(Response::new(AcquireBatchResponse { responses }))
     }
@@ -87,6 +87,6 @@ impl Resilience for Service {
     }
 }
 
-async fn answered(answer: Answer<Acquired>) -> Result<Acquired, Status> {
+async fn answered<T>(answer: Answer<T>) -> Result<T, Status> {
     answer.told().await.map_err(|error| status::acquire(&error.into(), None))
 }

@@ -101,8 +101,9 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     // Both ports answer while state is still being recovered: probes must see that the process lives.
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, ServingStatus::NotServing).await;
-    let routes = routes(Service::new(Arc::clone(&lifecycle)), health_service)?;
-    let calls = Calls::new(routes, Arc::clone(&parts.clock), &metrics, grpc.stop.clone());
+    let service = Service::new(Arc::clone(&lifecycle));
+    let routes = routes(health_service)?;
+    let calls = Calls::new(service, routes, Arc::clone(&parts.clock), &metrics, grpc.stop.clone());
     grpc.open(parts.listeners.grpc, move |port, stream| {
         accept::serve_grpc(port, stream, calls.clone())
     });
@@ -175,8 +176,8 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     flushed.inspect(|()| tracing::info!("stopped"))
 }
 
-/// All services behind the gRPC port.
-fn routes(service: Service, health: HealthServer<impl Health>) -> Result<Routes, RunError> {
+/// All services behind the gRPC port, but for our own.
+fn routes(health: HealthServer<impl Health>) -> Result<Routes, RunError> {
     let descriptors = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(fusebox_proto::FILE_DESCRIPTOR_SET)
@@ -184,12 +185,9 @@ fn routes(service: Service, health: HealthServer<impl Health>) -> Result<Routes,
             // So that grpcurl can print the details of our errors in clear.
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
-    let resilience =
-        ResilienceServer::new(service).max_decoding_message_size(limits::MESSAGE_BYTES);
     let reflection = descriptors().build_v1().map_err(internal)?;
     let reflection_alpha = descriptors().build_v1alpha().map_err(internal)?;
-    let routes = Routes::new(resilience)
-        .add_service(health.max_decoding_message_size(limits::MESSAGE_BYTES))
+    let routes = Routes::new(health.max_decoding_message_size(limits::MESSAGE_BYTES))
         .add_service(reflection.max_decoding_message_size(limits::MESSAGE_BYTES))
         .add_service(reflection_alpha.max_decoding_message_size(limits::MESSAGE_BYTES));
     Ok(routes.prepare())
@@ -334,7 +332,7 @@ impl WriterThread {
 mod tests {
     use std::sync::mpsc::Receiver;
 
-    use fusebox_core::{Charging, Cost};
+    use fusebox_core::{Charging, Cost, Decision};
     use parking_lot::Mutex;
 
     use super::*;
@@ -422,9 +420,9 @@ mod tests {
             keeping: policy.keeping,
             cost: Cost { tokens: 1, estimated: false },
         };
-        let asks = [ask].into_iter().collect();
-        let charge = Charge { charging: Charging::AllOrNothing, asks };
-        recovered.cells.apply(&charge, None, recovered.clock.now()).unwrap();
+        let charge = Charge { charging: Charging::AllOrNothing, asks: &[ask] };
+        let (now, mut decision) = (recovered.clock.now(), Decision::default());
+        recovered.cells.apply(&charge, None, now, &mut decision).unwrap();
         (recovered.writer, go)
     }
 

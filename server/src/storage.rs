@@ -10,8 +10,7 @@ mod recovery;
 mod table;
 mod writer;
 
-use arrayvec::ArrayVec;
-use fusebox_core::{Cell, Charging, Cost, Decision, MAX_RULES, Policy, Settled, Time};
+use fusebox_core::{Cell, Charging, Cost, Decision, Policy, Settled, Time};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
@@ -31,14 +30,17 @@ pub trait Storage: Send + Sync + 'static {
     /// Decides over all asks of `charge` together, and charges their cells. What needs room takes it of
     /// `room`, which was [reserved](Self::reserve) for it; without it, there must be room now.
     ///
+    /// The decision is written to `decision`, because it is a kilobyte that nobody should move around.
+    ///
     /// # Errors
     /// If nothing could be decided; then nothing was charged.
     fn apply(
         &self,
         charge: &Charge<'_>,
-        room: Option<Room>,
+        room: Option<&mut Room>,
         now: Time,
-    ) -> Result<Answer<Decision>, StorageError>;
+        decision: &mut Decision,
+    ) -> Result<Answer<()>, StorageError>;
 
     /// Corrects the charge of an estimate by what it really cost.
     ///
@@ -50,11 +52,11 @@ pub trait Storage: Send + Sync + 'static {
         now: Time,
     ) -> Result<Answer<Settled<Cell>>, StorageError>;
 
-    /// Makes sure of room for all that `charge` may create or queue, so that it cannot fail for want of it.
+    /// Makes sure of room for all that `asks` may create or queue, so that none fails for want of it.
     ///
     /// # Errors
     /// [`StorageError::Full`] or [`StorageError::Behind`].
-    fn reserve(&self, charge: &Charge<'_>) -> Result<Room, StorageError>;
+    fn reserve(&self, asks: &[CellAsk<'_>]) -> Result<Room, StorageError>;
 
     /// One bounded round of housekeeping: drops some of the cells that are full, which is the same as none.
     fn tend(&self, catalogue: &Catalogue, now: Time);
@@ -106,7 +108,7 @@ impl<T> Answer<T> {
     }
 }
 
-/// Room that one charge has for itself.
+/// Room that charges have for themselves.
 #[derive(Debug)]
 pub struct Room {
     cells: Reservation,
@@ -125,12 +127,12 @@ pub enum Keeping {
 }
 
 /// Charges that are decided together.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Charge<'a> {
     /// What to charge when not all allow.
     pub charging: Charging,
     /// What is asked, 1 to 16.
-    pub asks: ArrayVec<CellAsk<'a>, MAX_RULES>,
+    pub asks: &'a [CellAsk<'a>],
 }
 
 /// One ask and the cell that it charges.

@@ -77,6 +77,8 @@ pub fn acquire(
         keeping: policy.keeping,
         cost,
     };
-    let charge = Charge { charging: Charging::AllOrNothing, asks: [ask].into_iter().collect() };
-    panel.cells.apply(&charge, None, panel.clock.now())
+    let charge = Charge { charging: Charging::AllOrNothing, asks: &[ask] };
+    let mut decision = Decision::default();
+    let answer = panel.cells.apply(&charge, None, panel.clock.now(), &mut decision)?;
+    Ok(answer.map(|()| decision))
 }

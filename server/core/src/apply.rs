@@ -56,7 +56,7 @@ pub struct Verdict {
 }
 
 /// The answer of all rules.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Decision {
     /// Whether every rule allows.
     pub allowed: bool,
@@ -70,24 +70,46 @@ pub struct Decision {
 /// 0) changes and creates nothing.
 ///
 /// # Panics
-/// If a rule names a cell that is not there.
-pub fn apply(rules: &Rules<'_>, charging: Charging, cells: &mut Cells, now: Time) -> Decision {
-    let mut planned = cells.clone();
-    let mut allowed = true;
-    let mut verdicts = Verdicts::new();
+/// If a rule names a cell that is not there, or there are more than [`MAX_RULES`] of either.
+pub fn apply(
+    rules: &[Rule<'_>],
+    charging: Charging,
+    cells: &mut [Option<Cell>],
+    now: Time,
+) -> Decision {
+    let mut decision = Decision::default();
+    apply_to(&mut decision, rules, charging, cells, now);
+    decision
+}
+
+/// The same, in the place of an earlier decision: it is a kilobyte, which takes longer to move than to make.
+///
+/// # Panics
+/// As [`apply`].
+pub fn apply_to(
+    decision: &mut Decision,
+    rules: &[Rule<'_>],
+    charging: Charging,
+    cells: &mut [Option<Cell>],
+    now: Time,
+) {
+    decision.allowed = true;
+    decision.verdicts.clear();
+    let mut planned = Cells::new();
+    planned.extend(cells.iter().copied());
 
     for rule in rules {
         let cell = &mut planned[rule.cell];
         let state = rule.policy.state(*cell);
         let plan = rule.policy.limit.plan(state, rule.cost, now);
         let allows = plan.admission == Admission::Allow;
-        allowed &= allows;
+        decision.allowed &= allows;
         let charge = allows || charging == Charging::Always;
         if charge && plan.charged != state {
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
         }
         let Level { remaining, reset_after } = if charge { plan.after } else { plan.before };
-        verdicts.push(Verdict {
+        decision.verdicts.push(Verdict {
             cost: rule.cost.tokens,
             admission: plan.admission,
             limit: plan.limit,
@@ -96,24 +118,27 @@ pub fn apply(rules: &Rules<'_>, charging: Charging, cells: &mut Cells, now: Time
         });
     }
 
-    if charging == Charging::AllOrNothing && !allowed {
-        // Nothing was charged, so each verdict tells its cell as it still is; a denial tells the wait for
-        // all that is asked of the cell, as only all of it would be charged.
-        for (index, (rule, verdict)) in rules.iter().zip(&mut verdicts).enumerate() {
-            let same_cell = rules[..=index].iter().filter(|other| other.cell == rule.cell);
-            let cost = same_cell.fold(0, |cost: u64, other| cost.saturating_add(other.cost.tokens));
-            let state = rule.policy.state(cells[rule.cell]);
-            let plan = rule.policy.limit.plan(state, Cost { tokens: cost, estimated: false }, now);
-            let Level { remaining, reset_after } = plan.before;
-            (verdict.remaining, verdict.reset_after) = (remaining, reset_after);
-            if verdict.admission != Admission::Allow {
-                verdict.admission = plan.admission;
-            }
-        }
+    if charging == Charging::AllOrNothing && !decision.allowed {
+        tell_uncharged(&mut decision.verdicts, rules, cells, now);
     } else {
-        *cells = planned;
+        cells.copy_from_slice(&planned);
     }
-    Decision { allowed, verdicts }
+}
+
+/// Nothing was charged, so each verdict tells its cell as it still is; a denial tells the wait for all that
+/// is asked of the cell, as only all of it would be charged.
+fn tell_uncharged(verdicts: &mut [Verdict], rules: &[Rule<'_>], cells: &[Option<Cell>], now: Time) {
+    for (index, (rule, verdict)) in rules.iter().zip(verdicts).enumerate() {
+        let same_cell = rules[..=index].iter().filter(|other| other.cell == rule.cell);
+        let cost = same_cell.fold(0, |cost: u64, other| cost.saturating_add(other.cost.tokens));
+        let state = rule.policy.state(cells[rule.cell]);
+        let plan = rule.policy.limit.plan(state, Cost { tokens: cost, estimated: false }, now);
+        let Level { remaining, reset_after } = plan.before;
+        (verdict.remaining, verdict.reset_after) = (remaining, reset_after);
+        if verdict.admission != Admission::Allow {
+            verdict.admission = plan.admission;
+        }
+    }
 }
 
 /// Corrects the charge of an estimate by what the call really cost.

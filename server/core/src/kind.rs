@@ -210,6 +210,7 @@ impl Kind for Limit {
         bucket.capacity()
     }
 
+    #[inline]
     fn plan(&self, state: Option<State>, cost: Cost, now: Time) -> Plan<State> {
         let Self::TokenBucket(bucket) = self;
         let plan = bucket.plan(state.map(token_bucket), cost, now);

@@ -15,7 +15,10 @@ mod time;
 pub mod token_bucket;
 
 pub use self::{
-    apply::{Cells, Charging, Decision, MAX_RULES, Rule, Rules, Verdict, Verdicts, apply, settle},
+    apply::{
+        Cells, Charging, Decision, MAX_RULES, Rule, Rules, Verdict, Verdicts, apply, apply_to,
+        settle,
+    },
     kind::{Admission, Cost, Kind, Level, Limit, Mark, Plan, Reason, Settled, Settlement, State},
     policy::{Cell, Former, Formers, MAX_FORMERS, Policy},
     time::{Time, saturating_nanos},

@@ -148,6 +148,7 @@ impl Kind for TokenBucket {
         self.burst
     }
 
+    #[inline]
     fn plan(&self, state: Option<State>, cost: Cost, now: Time) -> Plan<State> {
         let before = state.map_or(State::full(now), |state| self.refilled(state, now));
         let needed = before.spent_rounded_up().saturating_add(cost.tokens);
@@ -272,8 +273,21 @@ impl TokenBucket {
     }
 
     fn with_parts(&self, state: State, parts: u128) -> State {
-        let per = u128::from(self.per_nanos());
-        State { spent: saturate(parts / per), remainder: saturate(parts % per), ..state }
+        let (spent, remainder) = self.whole(parts);
+        State { spent, remainder, ..state }
+    }
+
+    /// So many parts in whole tokens, and the parts that are left.
+    fn whole(&self, parts: u128) -> (u64, u64) {
+        let per = self.per_nanos;
+        match u64::try_from(parts) {
+            // Nearly always: a division of 64 bits is one instruction.
+            Ok(parts) => (parts / per, parts % per),
+            Err(_) => {
+                let per = u128::from(per.get());
+                (saturate(parts / per), saturate(parts % per))
+            }
+        }
     }
 
     /// `state` as time alone has made it by `now`; unchanged if it is already later.
@@ -286,10 +300,23 @@ impl TokenBucket {
         if state.spent == 0 && state.remainder == 0 {
             return state;
         }
-        let parts = self.parts(&state);
-        let refill = u128::from(elapsed) * u128::from(self.limit);
-        let floor = u128::from(state.out) * u128::from(self.per_nanos());
-        self.with_parts(state, parts.saturating_sub(refill).max(floor.min(parts)))
+        // In tokens and parts of one, which compare as the parts alone would: what is spent needs no division.
+        let spent = (state.spent, state.remainder);
+        let refill = self.whole(u128::from(elapsed) * u128::from(self.limit));
+        let floor = spent.min((state.out, 0));
+        let (spent, remainder) = self.less(spent, refill).max(floor);
+        State { spent, remainder, ..state }
+    }
+
+    /// `spent` less `refill`, both in whole tokens and parts of one; nothing if that is less than nothing.
+    fn less(&self, spent: (u64, u64), refill: (u64, u64)) -> (u64, u64) {
+        if spent <= refill {
+            (0, 0)
+        } else if spent.1 >= refill.1 {
+            (spent.0 - refill.0, spent.1 - refill.1)
+        } else {
+            (spent.0 - refill.0 - 1, self.per_nanos() - (refill.1 - spent.1))
+        }
     }
 
     /// `state` after a charge that is made although it was denied: down to an empty bucket, never into
@@ -317,10 +344,11 @@ impl TokenBucket {
 
     /// Nanoseconds to refill so many parts; `None` if that never happens.
     fn nanos_to_refill(&self, parts: u128) -> Option<u64> {
-        match (parts, self.limit) {
-            (0, _) => Some(0),
+        match (u64::try_from(parts), self.limit) {
+            (Ok(0), _) => Some(0),
             (_, 0) => None,
-            (parts, limit) => Some(saturate(parts.div_ceil(u128::from(limit)))),
+            (Ok(parts), limit) => Some(parts.div_ceil(limit)),
+            (Err(_), limit) => Some(saturate(parts.div_ceil(u128::from(limit)))),
         }
     }
 }

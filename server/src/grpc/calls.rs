@@ -3,22 +3,23 @@
 
 use std::{
     convert::Infallible,
-    future::Future,
-    pin::Pin,
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
     sync::{Arc, atomic::AtomicUsize},
     task::{Context, Poll, ready},
     time::Duration,
 };
 
+use fusebox_proto::v1::resilience_server::ResilienceServer;
 use http::{HeaderMap, Request, Response};
 use http_body::Frame;
 use hyper::body::{Bytes, Incoming};
 use pin_project_lite::pin_project;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tonic::{Code, Status, body::Body, service::Routes};
-use tower::{BoxError, ServiceExt};
+use tonic::{Code, Status, body::Body, server::NamedService, service::Routes};
+use tower::{BoxError, ServiceExt, util::Either};
 
-use super::status;
+use super::{Service, status};
 use crate::{
     clock::Clock,
     limits,
@@ -27,6 +28,8 @@ use crate::{
 };
 
 const GRPC_TIMEOUT: &str = "grpc-timeout";
+
+const RESILIENCE: &str = <ResilienceServer<Service> as NamedService>::NAME;
 
 /// A method, and whether its answer is a stream, which may have no end of its own.
 struct Method {
@@ -50,6 +53,9 @@ const METHODS: [Method; 8] = [
 /// Every gRPC service behind what all calls have in common.
 #[derive(Clone)]
 pub struct Calls {
+    /// The service that nearly all calls are for: asked directly, without a router's copies and boxes.
+    resilience: ResilienceServer<Service>,
+    /// All others, and whatever nothing serves.
     routes: Routes,
     clock: Arc<dyn Clock>,
     methods: Arc<[MethodDurations]>,
@@ -59,15 +65,18 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// Serves `routes`; endless streams end when `draining` is cancelled.
+    /// Serves `service` and `routes`; endless streams end when `draining` is cancelled.
     pub fn new(
+        service: Service,
         routes: Routes,
         clock: Arc<dyn Clock>,
         metrics: &Metrics,
         draining: CancellationToken,
     ) -> Self {
         let methods = METHODS.iter().map(|method| metrics.method(method.name)).collect();
-        Self { routes, clock, methods, received: Arc::default(), draining }
+        let resilience = ResilienceServer::new(service);
+        let resilience = resilience.max_decoding_message_size(limits::MESSAGE_BYTES);
+        Self { resilience, routes, clock, methods, received: Arc::default(), draining }
     }
 }
 
@@ -88,20 +97,30 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
             started: self.clock.monotonic(),
             code: Code::Cancelled,
         };
-        let routes = self.routes.clone();
+        let service = if is_resilience(request.uri().path()) {
+            Either::Left(self.resilience.clone())
+        } else {
+            Either::Right(self.routes.clone())
+        };
         let bytes = Reservation::nothing(&self.received);
         let draining = streams.then(|| Box::pin(self.draining.clone().cancelled_owned()));
         Box::pin(async move {
             let time = timeout(request.headers());
             let request = request.map(|body| Received { body, bytes });
             let mut draining = draining;
-            let response = tokio::select! {
-                response = tokio::time::timeout(time, routes.oneshot(request)) => response.map_or_else(
-                    |_| Status::deadline_exceeded("the time for this call is over").into_http(),
-                    infallible,
-                ),
-                // A stream that has not even begun.
-                () = cancelled(&mut draining) => draining_status().into_http(),
+            let mut response = pin!(service.oneshot(request));
+            // A call whose message is there is answered at once, and needs no timer.
+            let at_once = poll_fn(|cx| Poll::Ready(response.as_mut().poll(cx))).await;
+            let response = match at_once {
+                Poll::Ready(response) => infallible(response),
+                Poll::Pending => tokio::select! {
+                    response = tokio::time::timeout(time, response) => response.map_or_else(
+                        |_| Status::deadline_exceeded("the time for this call is over").into_http(),
+                        infallible,
+                    ),
+                    // A stream that has not even begun.
+                    () = cancelled(&mut draining) => draining_status().into_http(),
+                },
             };
             let (mut head, inner) = response.into_parts();
             // Only an answer that is an error, and nothing else, has its status here.
@@ -226,6 +245,12 @@ impl http_body::Body for CallBody {
 
 fn draining_status() -> Status {
     Status::unavailable("draining: connect again")
+}
+
+/// Whether a path is one of our service, known to it or not.
+fn is_resilience(path: &str) -> bool {
+    let path = path.strip_prefix('/').and_then(|path| path.strip_prefix(RESILIENCE));
+    path.is_some_and(|method| method.starts_with('/'))
 }
 
 /// Returns when it is cancelled; never if there is nothing to be.

@@ -1,6 +1,5 @@
 //! From messages to what cannot be wrong. Past this file no name is empty and no number out of range.
 
-use arrayvec::ArrayVec;
 use fusebox_core::Cost;
 use fusebox_proto::v1::{
     AcquireBatchRequest, AcquireRequest, Ask, GrantOutcome, Priority, ReportRequest,
@@ -8,20 +7,24 @@ use fusebox_proto::v1::{
 
 use super::status::Refusal;
 use crate::{
-    app::{self, Acquire, Outcome},
+    app::{self, Acquire, Batch, Outcome},
     limits,
 };
 
 /// One Acquire.
-pub(super) fn acquire(request: &AcquireRequest) -> Result<Acquire<'_>, Refusal> {
+pub(super) fn acquire<'a>(
+    request: &'a AcquireRequest,
+) -> Result<Acquire<'a, impl Iterator<Item = app::Ask<'a>>>, Refusal> {
     let mut refusal = Refusal::default();
     namespace(&mut refusal, &request.namespace);
     entry(&mut refusal, None, request);
-    refusal.or_else(|| accepted(&request.namespace, request))
+    refusal.or_else(|| Acquire { namespace: &request.namespace, asks: accepted(request) })
 }
 
 /// Every Acquire of a batch.
-pub(super) fn batch(request: &AcquireBatchRequest) -> Result<Vec<Acquire<'_>>, Refusal> {
+pub(super) fn batch<'a>(
+    request: &'a AcquireBatchRequest,
+) -> Result<Batch<'a, impl ExactSizeIterator<Item: Iterator<Item = app::Ask<'a>>>>, Refusal> {
     let mut refusal = Refusal::default();
     namespace(&mut refusal, &request.namespace);
     refusal.unsupported(request.client.is_some(), || "client".into());
@@ -44,7 +47,8 @@ pub(super) fn batch(request: &AcquireBatchRequest) -> Result<Vec<Acquire<'_>>, R
         }
         entry(&mut refusal, Some(index), request);
     }
-    refusal.or_else(|| entries.iter().map(|entry| accepted(&request.namespace, entry)).collect())
+    refusal
+        .or_else(|| Batch { namespace: &request.namespace, entries: entries.iter().map(accepted) })
 }
 
 /// Every outcome of a report.
@@ -154,12 +158,11 @@ fn count(what: &str, count: usize, most: usize) -> String {
     format!("{count} {what}; 1 to {most} are needed")
 }
 
-/// The request, once nothing about it is refused.
-fn accepted<'a>(namespace: &'a str, request: &'a AcquireRequest) -> Acquire<'a> {
-    let asks = request.asks.iter().take(limits::ASKS).map(|ask| app::Ask {
+/// The asks of a request, once nothing about it is refused.
+fn accepted(request: &AcquireRequest) -> impl Iterator<Item = app::Ask<'_>> {
+    request.asks.iter().map(|ask| app::Ask {
         policy: &ask.policy,
         key: &ask.key,
         cost: Cost { tokens: ask.cost.unwrap_or(1), estimated: ask.estimated },
-    });
-    Acquire { namespace, asks: asks.collect::<ArrayVec<_, { limits::ASKS }>>() }
+    })
 }

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 use super::{
     Answer, CellAsk, Charge, Durable, Keeping, Room, Settlement, Storage, StorageError,
-    table::{Entry, Marked, Table},
+    table::{Entry, Lagging, Marked, Table},
 };
 use crate::{
     catalogue::{Catalogue, CellId, PolicyNumber},
@@ -158,8 +158,8 @@ impl Embedded {
             changes.push(Change {
                 id,
                 kept: entry.map(|entry| {
-                    entry.lagging = false;
-                    if entry.lowered {
+                    let lagging = std::mem::replace(&mut entry.lagging, Lagging::Not);
+                    if lagging == Lagging::Lower {
                         // Until the round is durable what is on disk covers more, never less.
                         #[allow(clippy::cast_possible_truncation)]
                         entry.lower_mark(round as u32);
@@ -190,8 +190,9 @@ impl Embedded {
     ) {
         let mut shard = self.shards[shard_of(id)].lock();
         let entry = shard.cells.insert(Entry::new(id, number, cell));
-        (entry.on_disk, entry.lagging) = (on_disk, rewrite);
+        entry.on_disk = on_disk;
         if rewrite {
+            entry.lagging = Lagging::Write;
             shard.lagging.push(id);
         }
         self.live.fetch_add(1, Ordering::Relaxed);
@@ -206,24 +207,22 @@ impl Embedded {
         &self,
         locked: &mut Locked<'_>,
         changes: &Changes<'_>,
-        room: &mut Option<Room>,
+        room: Option<&mut Room>,
         now: Time,
     ) -> Result<Option<Durable>, StorageError> {
         let durable = self.durable.load(Ordering::Acquire);
-        let keep = |change| locked.keep(change, durable, now);
-        let kept: ArrayVec<Kept, MAX_RULES> = changes.iter().map(keep).collect();
+        let mut kept = ArrayVec::<Kept, MAX_RULES>::new();
+        kept.extend(changes.iter().map(|change| locked.keep(change, durable, now)));
         let new_marks = kept.iter().filter(|kept| matches!(kept, Kept::Queue(..))).count();
-        let (mut cells, mut slots) = match room {
-            Some(Room { cells, marks }) => (Some(cells), Some(marks)),
-            None => (None, None),
-        };
+        let room = room.map(|Room { cells, marks }| (cells, marks));
+        let (mut cells, mut slots) = room.unzip();
         let mut own_slots = None;
         if new_marks > 0 && slots.is_none() {
             slots = Some(own_slots.insert(self.reserve_marks(new_marks)?));
         }
 
         let mut last = None;
-        for (change, kept) in changes.iter().zip(kept) {
+        for (change, kept) in changes.iter().zip(&kept) {
             let Shard { cells: table, queued, lagging, .. } = &mut *locked.shards[change.shard].1;
             let entry = match change.place {
                 Some(place) => table.get_mut(place),
@@ -235,20 +234,20 @@ impl Embedded {
             entry.set_cell(change.cell);
             match kept {
                 Kept::Enough => {}
-                Kept::Behind if entry.lagging => {}
+                Kept::Behind if entry.lagging != Lagging::Not => {}
                 Kept::Behind => {
-                    (entry.lagging, entry.on_disk) = (true, true);
+                    (entry.lagging, entry.on_disk) = (Lagging::Write, true);
                     lagging.push(change.id);
                 }
-                Kept::OnItsWay(round) => last = last.max(Some((round, change.shard))),
+                Kept::OnItsWay(round) => last = last.max(Some((*round, change.shard))),
                 Kept::Queue(marked, round) => {
-                    entry.set_mark(marked);
+                    entry.set_mark(*marked);
                     if !entry.queued {
                         entry.queued = true;
                         queued.push(change.id);
                         take_one(slots.as_deref_mut(), &self.queued);
                     }
-                    last = last.max(Some((round, change.shard)));
+                    last = last.max(Some((*round, change.shard)));
                 }
             }
         }
@@ -315,9 +314,10 @@ impl Storage for Embedded {
     fn apply(
         &self,
         charge: &Charge<'_>,
-        mut room: Option<Room>,
+        room: Option<&mut Room>,
         now: Time,
-    ) -> Result<Answer<Decision>, StorageError> {
+        decision: &mut Decision,
+    ) -> Result<Answer<()>, StorageError> {
         let mut locked = Locked::new(self, charge.asks.iter().map(|ask| ask.cell));
         self.check_alive()?;
         let now = locked.not_before_a_sweep(now);
@@ -325,7 +325,7 @@ impl Storage for Embedded {
         let mut found = ArrayVec::<Found, MAX_RULES>::new();
         let mut cells = Cells::new();
         let mut rules = Rules::new();
-        for ask in &charge.asks {
+        for ask in charge.asks {
             let known = found.iter().position(|found| found.id == ask.cell);
             let cell = known.unwrap_or_else(|| {
                 let place = locked.find(ask.cell);
@@ -344,18 +344,18 @@ impl Storage for Embedded {
             }
         }
 
-        let decision = fusebox_core::apply(&rules, charge.charging, &mut cells, now);
+        fusebox_core::apply_to(decision, &rules, charge.charging, &mut cells, now);
         let mut changes = Changes::new();
         for (index, (found, after)) in found.iter().zip(&cells).enumerate() {
             let Some(cell) = after.filter(|_| *after != found.cell) else { continue };
-            let Some(ask) = (rules.iter().zip(&charge.asks)).find(|(rule, _)| rule.cell == index)
+            let Some(ask) = (rules.iter().zip(charge.asks)).find(|(rule, _)| rule.cell == index)
             else {
                 continue;
             };
             changes.push(found.changed(ask.1.number, ask.1.policy, ask.1.keeping, cell));
         }
-        let durable = self.write(&mut locked, &changes, &mut room, now)?;
-        Ok(Answer::new(decision, durable))
+        let durable = self.write(&mut locked, &changes, room, now)?;
+        Ok(Answer::new((), durable))
     }
 
     fn settle(
@@ -373,25 +373,27 @@ impl Storage for Embedded {
         let changed = cell.filter(|_| cell != found.cell);
         let changes =
             changed.map(|cell| found.changed(number, policy, keeping, cell)).into_iter().collect();
-        let durable = self.write(&mut locked, &changes, &mut None, now)?;
+        let durable = self.write(&mut locked, &changes, None, now)?;
         if settled.refunded > 0 && keeping == Keeping::Marked {
             locked.lower(&found);
         }
         Ok(Answer::new(settled, durable))
     }
 
-    fn reserve(&self, charge: &Charge<'_>) -> Result<Room, StorageError> {
+    fn reserve(&self, asks: &[CellAsk<'_>]) -> Result<Room, StorageError> {
         self.check_alive()?;
-        let creates = |ask: &&CellAsk<'_>| {
-            let live = self.shards[shard_of(ask.cell)].lock().cells.place(ask.cell);
-            may_create(ask.policy, ask.cost) && live.is_none()
+        let creates = |ask: &&CellAsk<'_>| may_create(ask.policy, ask.cost);
+        let is_new = |ask: &&CellAsk<'_>| {
+            self.shards[shard_of(ask.cell)].lock().cells.place(ask.cell).is_none()
         };
-        let new = charge.asks.iter().filter(creates).count();
-        let cells = Reservation::of(&self.live, new, self.capacity);
+        let reserve = |new| Reservation::of(&self.live, new, self.capacity);
+        // Room for all is there nearly always; only where it is not, those that live are told apart.
+        let cells = reserve(asks.iter().filter(creates).count())
+            .or_else(|| reserve(asks.iter().filter(creates).filter(is_new).count()));
         let marked = |ask: &&CellAsk<'_>| ask.keeping == Keeping::Marked && ask.cost.tokens > 0;
         Ok(Room {
             cells: cells.ok_or_else(|| StorageError::Full(self.live()))?,
-            marks: self.reserve_marks(charge.asks.iter().filter(marked).count())?,
+            marks: self.reserve_marks(asks.iter().filter(marked).count())?,
         })
     }
 
@@ -405,7 +407,7 @@ impl Storage for Embedded {
             let leaves_at =
                 policy.map_or(Some(now), |policy| policy.settings.leaves_at(entry.cell()));
             let keep = leaves_at.is_none_or(|leaves_at| leaves_at > now);
-            if !keep && entry.on_disk && !entry.lagging {
+            if !keep && entry.on_disk && entry.lagging == Lagging::Not {
                 lagging.push(entry.id);
             }
             keep
@@ -483,9 +485,7 @@ impl<'a> Locked<'a> {
     fn lower(&mut self, found: &Found) {
         let Shard { cells, lagging, .. } = &mut *self.shards[found.shard].1;
         let Some(entry) = found.place.map(|place| cells.get_mut(place)) else { return };
-        entry.lowered = true;
-        if !entry.lagging {
-            entry.lagging = true;
+        if std::mem::replace(&mut entry.lagging, Lagging::Lower) == Lagging::Not {
             lagging.push(found.id);
         }
     }
@@ -546,7 +546,7 @@ mod tests {
     }
 
     /// Asks of cells by number.
-    fn charge<'a>(policy: &'a Policy, cells: &[u64], tokens: u64) -> Charge<'a> {
+    fn asks<'a>(policy: &'a Policy, cells: &[u64], tokens: u64) -> Vec<CellAsk<'a>> {
         let ask = |cell: &u64| CellAsk {
             cell: CellId([*cell << 32, *cell]),
             number: PolicyNumber(0),
@@ -554,19 +554,32 @@ mod tests {
             keeping: Keeping::AtStop,
             cost: Cost { tokens, estimated: false },
         };
-        Charge { charging: Charging::AllOrNothing, asks: cells.iter().map(ask).collect() }
+        cells.iter().map(ask).collect()
+    }
+
+    fn apply(
+        cells: &Embedded,
+        asks: &[CellAsk<'_>],
+        room: Option<&mut Room>,
+        now: Time,
+    ) -> Result<Decision, StorageError> {
+        let charge = Charge { charging: Charging::AllOrNothing, asks };
+        let mut decision = Decision::default();
+        match cells.apply(&charge, room, now, &mut decision)? {
+            Answer::Now(()) => Ok(decision),
+            Answer::Later(..) => panic!("memory answers at once"),
+        }
     }
 
     #[test]
     fn a_full_server_serves_live_keys_on_and_charges_nothing_for_new_ones() {
         let (policy, cells) = (policy(), Embedded::new(2).0);
-        let apply = |ids: &[u64], tokens| cells.apply(&charge(&policy, ids, tokens), None, NOW);
+        let apply = |ids: &[u64], tokens| apply(&cells, &asks(&policy, ids, tokens), None, NOW);
         assert!(apply(&[1, 2], 1).is_ok());
         assert!(matches!(apply(&[3], 1), Err(StorageError::Full(2))));
         assert!(matches!(apply(&[1, 3], 1), Err(StorageError::Full(2))));
         assert!(apply(&[3], 0).is_ok(), "a peek needs no room");
-        let Ok(Answer::Now(decision)) = apply(&[1], 1) else { panic!("1 is live") };
-        assert_eq!(decision.verdicts[0].remaining, 8);
+        assert_eq!(apply(&[1], 1).unwrap().verdicts[0].remaining, 8);
     }
 
     #[test]
@@ -577,26 +590,27 @@ mod tests {
         for id in [1, 2] {
             cells.restore(CellId([id << 32, id]), PolicyNumber(0), cell, false, false);
         }
-        let apply = |id| cells.apply(&charge(&policy, &[id], 5), None, NOW);
+        let apply = |id| apply(&cells, &asks(&policy, &[id], 5), None, NOW);
         assert!(apply(1).is_ok() && apply(2).is_ok());
-        assert!(cells.reserve(&charge(&policy, &[1, 2], 1)).is_ok());
+        assert!(cells.reserve(&asks(&policy, &[1, 2], 1)).is_ok());
         assert!(matches!(apply(3), Err(StorageError::Full(2))));
     }
 
     #[test]
     fn room_is_reserved_for_what_is_new_and_no_more_than_that() {
         let (policy, cells) = (policy(), Embedded::new(2).0);
-        let live = charge(&policy, &[1], 1);
-        let room = cells.reserve(&live).unwrap();
-        assert!(cells.apply(&live, Some(room), NOW).is_ok());
+        let live = asks(&policy, &[1], 1);
+        let mut room = cells.reserve(&live).unwrap();
+        assert!(apply(&cells, &live, Some(&mut room), NOW).is_ok());
+        drop(room);
         assert_eq!(cells.live(), 1);
 
-        assert!(cells.reserve(&charge(&policy, &[2, 3], 1)).is_err());
-        let room = cells.reserve(&charge(&policy, &[1, 2], 1)).unwrap();
+        assert!(cells.reserve(&asks(&policy, &[2, 3], 1)).is_err());
+        let room = cells.reserve(&asks(&policy, &[1, 2], 1)).unwrap();
         assert_eq!(cells.live(), 2, "what is reserved is counted");
-        assert!(cells.reserve(&charge(&policy, &[1], 1)).is_ok(), "a live key needs no room");
-        assert!(cells.reserve(&charge(&policy, &[3], 0)).is_ok(), "nor does a peek");
-        assert!(cells.reserve(&charge(&policy, &[3], 1)).is_err());
+        assert!(cells.reserve(&asks(&policy, &[1], 1)).is_ok(), "a live key needs no room");
+        assert!(cells.reserve(&asks(&policy, &[3], 0)).is_ok(), "nor does a peek");
+        assert!(cells.reserve(&asks(&policy, &[3], 1)).is_err());
         drop(room);
         assert_eq!(cells.live(), 1, "and given back when it was not needed");
     }
@@ -604,24 +618,21 @@ mod tests {
     #[test]
     fn cells_that_are_full_leave_and_make_room() {
         let (policy, cells) = (policy(), Embedded::new(1).0);
-        assert!(cells.apply(&charge(&policy, &[1], 1), None, NOW).is_ok());
+        assert!(apply(&cells, &asks(&policy, &[1], 1), None, NOW).is_ok());
         // An empty catalogue knows no policy, so nothing holds the cell.
         for _ in 0..cells.shards() {
             cells.tend(&Catalogue::default(), NOW);
         }
         assert_eq!(cells.live(), 0);
-        assert!(cells.apply(&charge(&policy, &[2], 1), None, NOW).is_ok());
+        assert!(apply(&cells, &asks(&policy, &[2], 1), None, NOW).is_ok());
     }
 
     #[test]
     fn a_caller_that_is_late_does_not_find_a_swept_cell_full_before_it_was() {
         let (policy, cells) = (policy(), Embedded::new(10).0);
         let at = |millis: u64| Time::from_nanos(millis * 1_000_000);
-        let apply = |tokens, now| {
-            let answer = cells.apply(&charge(&policy, &[1], tokens), None, now).unwrap();
-            let Answer::Now(decision) = answer else { panic!("memory answers at once") };
-            decision.allowed
-        };
+        let apply =
+            |tokens, now| apply(&cells, &asks(&policy, &[1], tokens), None, now).unwrap().allowed;
         assert!(apply(10, at(0)));
         // At 900 ms there were 9; the cell leaves at 1,000 ms, when there are 10.
         for _ in 0..cells.shards() {
@@ -634,9 +645,9 @@ mod tests {
     #[test]
     fn a_policy_that_denies_all_needs_no_room() {
         let (policy, cells) = (policy(), Embedded::new(1).0);
-        assert!(cells.apply(&charge(&policy, &[1], 1), None, NOW).is_ok());
+        assert!(apply(&cells, &asks(&policy, &[1], 1), None, NOW).is_ok());
         let nothing = TokenBucket::new(0, Duration::from_secs(1), 0).unwrap();
         let closed = Policy::new(Limit::TokenBucket(nothing), 0);
-        assert!(cells.apply(&charge(&closed, &[2], 1), None, NOW).is_ok(), "it is an answer");
+        assert!(apply(&cells, &asks(&closed, &[2], 1), None, NOW).is_ok(), "it is an answer");
     }
 }

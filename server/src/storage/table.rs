@@ -1,5 +1,7 @@
 //! The cells of one shard: densely packed, found by a table of four bytes each.
 
+use std::num::NonZeroU8;
+
 use fusebox_core::{Cell, Mark, State};
 use hashbrown::{HashTable, hash_table};
 
@@ -19,16 +21,12 @@ pub(super) struct Entry {
     /// The round of the writer that carries the mark, cut to 32 bits: those that are not durable yet are
     /// the next two, so nothing is mistaken.
     round: u32,
-    /// The mark runs `2^step` tokens ahead; none if 0.
-    step: u8,
-    /// There is a mark.
-    marked: bool,
+    /// If there is a mark, one more than its step: so both fit one byte.
+    above_step: Option<NonZeroU8>,
     /// The mark waits for the writer.
     pub(super) queued: bool,
-    /// The writer is to look at the cell when it has time.
-    pub(super) lagging: bool,
-    /// And to lower its mark: some of what it covers came back.
-    pub(super) lowered: bool,
+    /// What the writer is to do with the cell when it has time.
+    pub(super) lagging: Lagging,
     /// A record of the cell is on disk, or will be.
     pub(super) on_disk: bool,
 }
@@ -42,11 +40,9 @@ impl Entry {
             state: cell.state,
             mark: Mark::TokenBucket(fusebox_core::token_bucket::Mark::default()),
             round: 0,
-            step: 0,
-            marked: false,
+            above_step: None,
             queued: false,
-            lagging: false,
-            lowered: false,
+            lagging: Lagging::Not,
             on_disk: false,
         }
     }
@@ -61,27 +57,36 @@ impl Entry {
 
     /// The mark that is on disk, or on its way there.
     pub(super) fn mark(&self) -> Option<Marked> {
-        self.marked.then_some(Marked { mark: self.mark, round: self.round, step: self.step })
+        let step = self.above_step?.get() - 1;
+        Some(Marked { mark: self.mark, round: self.round, step })
     }
 
     pub(super) fn set_mark(&mut self, Marked { mark, round, step }: Marked) {
-        (self.mark, self.round, self.step) = (mark, round, step);
-        (self.marked, self.on_disk) = (true, true);
+        (self.mark, self.round, self.on_disk) = (mark, round, true);
+        self.above_step = Some(NonZeroU8::MIN.saturating_add(step));
     }
 
-    /// The mark covers the present state and nothing more, carried by that round.
+    /// The mark, if there is one, covers the present state and nothing more; that round carries it.
     pub(super) fn lower_mark(&mut self, round: u32) {
-        self.lowered = false;
-        if self.marked {
-            (self.mark, self.round) = (self.state.into(), round);
-        }
+        (self.mark, self.round) = (self.state.into(), round);
     }
 
     /// What is to be on disk of the cell while it lives.
     pub(super) fn kept(&self) -> Cell {
-        let state = if self.marked { self.mark.into() } else { self.state };
+        let state = if self.above_step.is_some() { self.mark.into() } else { self.state };
         Cell { revision: self.revision, state }
     }
+}
+
+/// What the writer is to do with a cell when it has time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lagging {
+    /// Nothing.
+    Not,
+    /// To write what is to be on disk of it.
+    Write,
+    /// And to lower its mark before: some of what it covers came back.
+    Lower,
 }
 
 /// A mark, and which round carries it.
@@ -89,6 +94,7 @@ impl Entry {
 pub(super) struct Marked {
     pub(super) mark: Mark,
     pub(super) round: u32,
+    /// It runs `2^step` tokens ahead, at most 2^63; none if 0.
     pub(super) step: u8,
 }
 
@@ -203,7 +209,7 @@ mod tests {
 
     #[test]
     fn an_entry_stays_small() {
-        assert_eq!(size_of::<Entry>(), 80 + 8);
+        assert_eq!(size_of::<Entry>(), 80);
     }
 
     #[test]

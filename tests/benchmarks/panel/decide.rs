@@ -4,10 +4,10 @@
 //! Each decision runs N and 2 N times in a process of its own, counted inside [`repeat`] only, where no clock is
 //! calibrated; the difference is what N of them take.
 
-use std::{env, hint::black_box, iter::once, num::NonZeroU32, process::Command, time::Duration};
+use std::{env, hint::black_box, num::NonZeroU32, process::Command, time::Duration};
 
 use clap::ValueEnum;
-use fusebox_core::{Cells, Charging, Cost, Limit, Policy, Rule, Time, TokenBucket};
+use fusebox_core::{Charging, Cost, Decision, Limit, Policy, Rule, Time, TokenBucket};
 use fusebox_server::{
     catalogue::{CellHasher, PolicyNumber},
     clock::{Clock, SystemClock},
@@ -58,7 +58,7 @@ impl What {
     fn name(self) -> &'static str {
         match self {
             Self::Nothing => "the loop",
-            Self::Core => "`fusebox_core::apply`, the cell at hand",
+            Self::Core => "`fusebox_core::apply_to`, the cell at hand",
             Self::Embedded => "`Embedded::apply`, with the hash of the key",
             Self::EmbeddedClock => "`Embedded::apply`, with the hash of the key and a clock read",
             Self::Governor => "`governor` `check_key`, fake clock",
@@ -144,14 +144,14 @@ pub(crate) fn run(what: What, times: usize) -> Result<()> {
         }),
         What::Core => {
             let mut cells = vec![None; KEYS];
+            let mut decision = Decision::default();
             each(&mut |index, _| {
                 let cost = Cost { tokens: 1, estimated: false };
-                let rules = once(Rule { cell: 0, policy: black_box(&policy), cost }).collect();
-                let mut charged: Cells = once(cells[index]).collect();
-                let decision =
-                    fusebox_core::apply(&rules, Charging::AllOrNothing, &mut charged, passes());
-                cells[index] = charged[0];
-                assert!(black_box(decision).allowed);
+                let rule = Rule { cell: 0, policy: black_box(&policy), cost };
+                let cell = &mut cells[index..=index];
+                let charging = Charging::AllOrNothing;
+                fusebox_core::apply_to(&mut decision, &[rule], charging, cell, passes());
+                assert!(black_box(&decision).allowed);
             });
         }
         What::Embedded => embedded(&policy, each, passes),
@@ -185,6 +185,7 @@ fn embedded(
 ) {
     let hasher = CellHasher::new(&[7; 16], "bench", "slow");
     let (storage, _woken) = Embedded::new(KEYS);
+    let mut decision = Decision::default();
     each(&mut |_, key| {
         let ask = CellAsk {
             cell: black_box(&hasher).cell(key),
@@ -193,10 +194,10 @@ fn embedded(
             keeping: Keeping::AtStop,
             cost: Cost { tokens: 1, estimated: false },
         };
-        let charge = Charge { charging: Charging::AllOrNothing, asks: once(ask).collect() };
-        let answer = storage.apply(&charge, None, now());
-        let allowed = matches!(black_box(&answer), Ok(Answer::Now(decision)) if decision.allowed);
-        assert!(allowed, "memory answers at once, and there is enough");
+        let charge = Charge { charging: Charging::AllOrNothing, asks: &[ask] };
+        let answer = storage.apply(&charge, None, now(), &mut decision);
+        assert!(matches!(answer, Ok(Answer::Now(()))), "memory answers at once");
+        assert!(black_box(&decision).allowed, "there is enough");
     });
 }
 

@@ -74,10 +74,11 @@ fn app(lifecycle: &Lifecycle) -> Arc<App> {
 
 fn decide(app: &Arc<App>, policies: &[&str], cost: u64) -> bool {
     let cost = Cost { tokens: cost, estimated: false };
-    let asks = policies.iter().map(|policy| app::Ask { policy, key: "key", cost }).collect();
+    let asks = policies.iter().map(|policy| app::Ask { policy, key: "key", cost });
     let caller = app.caller(Principal::Anonymous);
-    match app.acquire(caller, &Acquire { namespace: "test", asks }).unwrap() {
-        Answer::Now(acquired) => acquired.decision.allowed,
+    let acquire = Acquire { namespace: "test", asks };
+    match app.acquire(caller, acquire, |acquired| acquired.decision.allowed).unwrap() {
+        Answer::Now(allowed) => allowed,
         Answer::Later(..) => panic!("memory answers at once"),
     }
 }

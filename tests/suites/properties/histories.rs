@@ -9,7 +9,7 @@ use std::{
 
 use fusebox_core::Cost;
 use fusebox_server::{
-    app::{Acquire, App, Ask, GrantId, Outcome, Principal, Reported},
+    app::{Acquire, Acquired, App, Ask, GrantId, Outcome, Principal, Reported},
     config::Config,
     storage::{Answer, Durable, Recovered, Storage, Writer},
 };
@@ -236,23 +236,28 @@ impl World {
         let life = self.life.as_mut().unwrap();
         let ask =
             Ask { policy: POLICIES[policy].name, key: KEYS[key], cost: Cost { tokens, estimated } };
-        let acquire = Acquire { namespace: "test", asks: [ask].into_iter().collect() };
+        let acquire = Acquire { namespace: "test", asks: [ask] };
         let caller = life.app.caller(Principal::Anonymous);
-        let (acquired, durable) = match life.app.acquire(caller, &acquire).unwrap() {
-            Answer::Now(acquired) => (acquired, None),
-            Answer::Later(acquired, durable) => (acquired, Some(durable)),
+        let tell = |acquired: &Acquired| {
+            let Acquired { decision, grant } = acquired;
+            (decision.allowed, decision.verdicts[0].remaining, *grant)
         };
+        let ((allowed, remaining, grant), durable) =
+            match life.app.acquire(caller, acquire, tell).unwrap() {
+                Answer::Now(acquired) => (acquired, None),
+                Answer::Later(acquired, durable) => (acquired, Some(durable)),
+            };
         if tokens == 0 {
-            return Some(acquired.decision.verdicts[0].remaining);
+            return Some(remaining);
         }
-        if acquired.decision.allowed {
+        if allowed {
             let charged = i64::try_from(tokens).unwrap();
             let told = durable.is_none();
             life.waiting.extend(durable.map(|durable| (durable, next)));
             let entry = self.entry(policy, key, charged, estimated, told);
             self.ledger.push(entry);
             // Its caller would not know its id before it is told; what is refused is never reported.
-            self.open.extend(acquired.grant.map(|(_, id)| (id, policy, key, tokens)));
+            self.open.extend(grant.map(|(_, id)| (id, policy, key, tokens)));
         }
         None
     }

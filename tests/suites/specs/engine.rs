@@ -67,7 +67,7 @@ impl Engine for Core {
             });
             Rule { cell, policy: &self.policies[named.policy], cost: *cost }
         });
-        let rules = rules.collect();
+        let rules: Vec<_> = rules.collect();
         let mut cells: Cells = names.iter().map(|name| self.cells.get(name).copied()).collect();
         let decision = fusebox_core::apply(&rules, charging, &mut cells, self.now);
         for (name, cell) in names.into_iter().zip(cells) {
@@ -276,8 +276,10 @@ fn acquire(
             cost: *cost,
         }
     });
-    let charge = Charge { charging, asks: asks.collect() };
-    storage.apply(&charge, None, now).expect("the storage answers")
+    let charge = Charge { charging, asks: &asks.collect::<Vec<_>>() };
+    let mut decision = Decision::default();
+    let answer = storage.apply(&charge, None, now, &mut decision).expect("the storage answers");
+    answer.map(|()| decision)
 }
 
 fn settle(
