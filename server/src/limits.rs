@@ -58,7 +58,7 @@ pub const CELL_SHARDS: usize = 256;
 /// Shards of the open grants, a power of two, as above.
 pub const GRANT_SHARDS: usize = 16;
 
-/// Live cells: at 64 bytes and a hash table's slack about 1.2 GB. Past it new keys are refused with
+/// Live cells: at 80 bytes and some for finding them, about 1 GB. Past it new keys are refused with
 /// `RESOURCE_EXHAUSTED`; those that live are served on.
 pub const CELLS: usize = 10_000_000;
 
@@ -132,6 +132,10 @@ pub const FAST_FILL: Duration = Duration::from_secs(10);
 /// Time that a mark of a busy cell should last: one that lasts less is followed by one of twice the step. In
 /// a second a disk syncs hundreds of times, so of a busy key's callers few ever wait for one.
 pub const MARK_LASTS: Duration = Duration::from_secs(1);
+
+/// Time that a cell stays in memory and on disk after it is full, as long as half of the room is free: a key
+/// that comes back meanwhile costs one write, not a deletion and two.
+pub const FULL_LINGERS: Duration = Duration::from_secs(60);
 
 /// Marks that wait for the writer: two of the largest batches, and a tenth of a second of its work.
 /// Past it what needs a mark is refused with `RESOURCE_EXHAUSTED`, and charges nothing.

@@ -181,7 +181,9 @@ fn observe(
     let state = Arc::clone(lifecycle);
     meter
         .u64_observable_gauge("fusebox_live_cells")
-        .with_description("Keys whose bucket is not full, and so is remembered")
+        .with_description(
+            "Keys that are remembered: their bucket is not full, or was not a minute ago",
+        )
         .with_callback(move |observer| {
             if let Some(app) = state.app() {
                 observer.observe(app.live_cells() as u64, &[]);

@@ -1,11 +1,13 @@
 //! Cells in memory, in shards, and what is queued of them for the disk.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicU64, AtomicUsize, Ordering},
-    mpsc::{Receiver, SyncSender, sync_channel},
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    time::Duration,
 };
-use std::time::Duration;
 
 use arrayvec::ArrayVec;
 use crossbeam_utils::CachePadded;
@@ -402,11 +404,14 @@ impl Storage for Embedded {
         let mut shard = self.shards[next].lock();
         let Shard { cells, lagging, swept, .. } = &mut *shard;
         let before = cells.len();
+        let roomy = self.live() < self.capacity / 2;
         cells.retain(|entry| {
             let policy = catalogue.numbered(entry.number);
             let leaves_at =
                 policy.map_or(Some(now), |policy| policy.settings.leaves_at(entry.cell()));
-            let keep = leaves_at.is_none_or(|leaves_at| leaves_at > now);
+            let lingers =
+                if roomy && entry.on_disk { limits::FULL_LINGERS } else { Duration::ZERO };
+            let keep = leaves_at.is_none_or(|leaves_at| leaves_at.after(lingers) > now);
             if !keep && entry.on_disk && entry.lagging == Lagging::Not {
                 lagging.push(entry.id);
             }

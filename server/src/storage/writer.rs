@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use fusebox_core::{Cell, Time};
+use fusebox_core::Time;
 use prost::Message;
 
 use super::{
@@ -19,12 +19,7 @@ use super::{
     journal::{Batch, Journal, JournalError, Keyspace},
     record::{CellRecord, CleanStop, CommitRecord, GrantRecord, grant_key},
 };
-use crate::{
-    catalogue::{CellId, PolicyNumber},
-    clock::ServerClock,
-    counters::Disk,
-    limits,
-};
+use crate::{clock::ServerClock, counters::Disk, limits};
 
 /// Key of the record of the last commit.
 pub(super) const COMMIT: &[u8] = b"commit";
@@ -177,22 +172,27 @@ impl Writer {
     /// If it could not be written, now or in an earlier round.
     pub fn finish(mut self, grants: &[OpenGrant]) -> Result<(), JournalError> {
         self.cells.stop();
+        if !self.keeps() {
+            return Ok(());
+        }
         self.guarded(|writer| {
             writer.journal.journal.stop_tidying();
             writer.behind = 0..writer.cells.shards();
             while writer.write_round()? == Left::More {}
             // Grants, and cells that only a clean stop writes, go on if all of them are there.
             let boot = writer.boot;
-            let exact = writer.exact_cells();
-            let cells = exact.into_iter().map(|(id, number, cell)| {
-                let record = CellRecord::exact(number, cell, boot).encode_to_vec();
-                (Keyspace::Cells, id.to_bytes().to_vec(), Some(record))
-            });
-            let grants = grants.iter().map(|grant| {
+            writer.journal.commit_all(grants.iter().map(|grant| {
                 let record = GrantRecord::of(grant, boot).encode_to_vec();
                 (Keyspace::Grants, grant_key(grant.id).to_vec(), Some(record))
-            });
-            writer.journal.commit_all(grants.chain(cells))?;
+            }))?;
+            for shard in 0..writer.cells.shards() {
+                let mut records = Vec::new();
+                writer.cells.exact(shard, |id, number, cell| {
+                    let record = CellRecord::exact(number, cell, boot).encode_to_vec();
+                    records.push((Keyspace::Cells, id.to_bytes().to_vec(), Some(record)));
+                });
+                writer.journal.commit_all(records)?;
+            }
             let mut batch = Batch::default();
             batch.put(Keyspace::Meta, CLEAN_STOP, CleanStop { boot }.encode_to_vec());
             writer.journal.commit(batch)?;
@@ -230,7 +230,6 @@ impl Writer {
         for shard in 0..self.cells.shards() {
             self.cells.take_queued(shard, round, &mut changes, &mut self.waiting);
         }
-        let awaited = !changes.is_empty();
         let slice = changes.len() + limits::WRITER_SLICE;
         while changes.len() < slice
             && let Some(shard) = self.behind.next()
@@ -241,11 +240,7 @@ impl Writer {
             self.disk.records.fetch_add(changes.len() as u64, Ordering::Relaxed);
             self.disk.commits.fetch_add(1, Ordering::Relaxed);
             self.journal.commit(batch_of(changes))?;
-            if awaited {
-                self.journal.sync_witnessed()?;
-            } else {
-                self.journal.journal.sync()?;
-            }
+            self.journal.sync_witnessed()?;
         }
         self.round = round;
         self.cells.set_durable(round);
@@ -257,14 +252,6 @@ impl Writer {
         self.disk.set(self.journal.journal.stats());
         let more = untidy || !self.behind.is_empty() || !self.waiting.is_empty();
         Ok(if more { Left::More } else { Left::Nothing })
-    }
-
-    fn exact_cells(&self) -> Vec<(CellId, PolicyNumber, Cell)> {
-        let mut exact = Vec::new();
-        for shard in 0..self.cells.shards() {
-            self.cells.exact(shard, |id, number, cell| exact.push((id, number, cell)));
-        }
-        exact
     }
 }
 

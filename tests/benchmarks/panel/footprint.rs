@@ -64,7 +64,7 @@ async fn measure_engine(options: &Options, engine: Engine) -> Result<Vec<String>
     rest(&server).await?;
 
     let before = Memory::of(server.pid())?;
-    let (traffic, batches) = Traffic::each_once("slow", options.keys);
+    let (traffic, batches) = Traffic::each_once("slowest", options.keys);
     load.each(traffic, batches).await?;
     let rest = rest(&server).await?;
     let after = Memory::of(server.pid())?;

@@ -32,6 +32,8 @@ namespaces:
     policies:
       slow: {token_bucket: {limit: 1000000000, per: 1d}}
       fast: {token_bucket: {limit: 1000000000, per: 1s}}
+      # One that is not full again before it is looked at: its cells stay.
+      slowest: {token_bucket: {limit: 1000, per: 366d}}
 ";
 
 /// Where a server keeps its state.

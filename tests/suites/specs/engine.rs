@@ -1,7 +1,7 @@
 //! The engines that the scripts are run against.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Write,
     sync::Arc,
     time::Duration,
@@ -175,6 +175,8 @@ pub struct OnSled {
     clock: Arc<ManualClock>,
     configuration: String,
     running: Option<Recovered>,
+    /// Policies and keys that were asked for.
+    asked: BTreeSet<(String, String)>,
 }
 
 impl Default for OnSled {
@@ -184,6 +186,7 @@ impl Default for OnSled {
             clock: Arc::default(),
             configuration: String::new(),
             running: None,
+            asked: BTreeSet::new(),
         }
     }
 }
@@ -211,6 +214,8 @@ impl Engine for OnSled {
     }
 
     fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision {
+        let names = asks.iter().map(|(named, _)| (named.policy.to_owned(), named.key.to_owned()));
+        self.asked.extend(names);
         let running = self.running();
         let now = running.clock.now();
         let answer = acquire(&*running.cells, &running.catalogue, asks, charging, now);
@@ -240,9 +245,19 @@ impl Engine for OnSled {
         self.running = Some(recovered.expect("sled recovers"));
     }
 
+    /// Those that are not full: what is on disk lingers for a while after it is.
     fn cells(&mut self) -> usize {
         let running = self.running();
-        tend(&running.cells, &running.catalogue, running.clock.now())
+        let live = tend(&running.cells, &running.catalogue, running.clock.now());
+        let asked = self.asked.clone();
+        let peek = Cost { tokens: 0, estimated: false };
+        let is_full = |(policy, key): &&(String, String)| {
+            let decision = self.acquire(&[(Named { policy, key }, peek)], Charging::AllOrNothing);
+            decision.verdicts[0].reset_after.is_zero()
+        };
+        let full = asked.iter().filter(is_full).count();
+        assert!(live >= asked.len() - full, "a cell that is not full has left");
+        asked.len() - full
     }
 }
 
