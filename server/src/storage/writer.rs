@@ -141,10 +141,7 @@ impl Writer {
 
     /// Waits until something is queued, or it is time to catch up with what nobody waits for.
     pub fn wait(&mut self) {
-        let caught_up = self.caught_up.after(limits::RELAXED_INTERVAL);
-        if self.woken.recv_timeout(limits::RELAXED_INTERVAL) == Err(RecvTimeoutError::Timeout)
-            || self.journal.clock.now() >= caught_up
-        {
+        if self.woken.recv_timeout(limits::RELAXED_INTERVAL) == Err(RecvTimeoutError::Timeout) {
             self.catch_up();
         }
     }
@@ -225,6 +222,10 @@ impl Writer {
     }
 
     fn write_round(&mut self) -> Result<Left, JournalError> {
+        // Also where there is always more to do, as during a rotation.
+        if self.journal.clock.now() >= self.caught_up.after(limits::RELAXED_INTERVAL) {
+            self.catch_up();
+        }
         let round = self.round + 1;
         let mut changes = Vec::new();
         for shard in 0..self.cells.shards() {

@@ -347,9 +347,10 @@ impl World {
             self.wall_went_back = true;
             self.clock.turn_wall_back(Duration::from_millis(wall_goes_back_millis));
         }
-        // What relaxed was told since it was last written is forgotten, and may be admitted again.
+        // What relaxed was told since it was last written may be forgotten, and admitted again; what came
+        // back since then may be on disk.
         for entry in &mut self.ledger[self.caught_up..] {
-            entry.told &= POLICIES[entry.policy].durability != "relaxed";
+            entry.told &= POLICIES[entry.policy].durability != "relaxed" || entry.tokens <= 0;
         }
         self.caught_up = self.ledger.len();
         if turns {
@@ -407,7 +408,7 @@ impl World {
             let mut ideal = Ideal::full();
             for entry in self.of(index, key).filter(|entry| entry.told) {
                 ideal.charge(entry);
-                assert!(ideal.left(burst) >= 0, "{name} {key}, {entry:?}: {:?}", self.ledger);
+                assert!(ideal.left(burst) >= 0, "{name} {key}: too much at {entry:?}");
             }
         }
     }
