@@ -441,12 +441,5 @@ fn resolved<'a>(
             most,
         });
     }
-    let ask = CellAsk {
-        cell: policy.cells.cell(key),
-        number: policy.number,
-        policy: &policy.settings,
-        keeping: policy.keeping,
-        cost,
-    };
-    Ok((policy, ask))
+    Ok((policy, policy.ask(key, cost)))
 }

@@ -2,10 +2,14 @@
 
 use std::{fmt, hash::Hasher, sync::Arc};
 
+use fusebox_core::Cost;
 use hashbrown::HashMap;
 use siphasher::sip128::{Hash128, Hasher128, SipHasher24};
 
-use crate::{counters::Decisions, storage::Keeping};
+use crate::{
+    counters::Decisions,
+    storage::{CellAsk, Keeping},
+};
 
 /// All policies at one moment.
 #[derive(Debug, Default)]
@@ -86,6 +90,19 @@ impl Catalogue {
     /// Every policy that can be asked.
     pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
         self.namespaces.values().flat_map(|namespace| namespace.policies.values())
+    }
+}
+
+impl Policy {
+    /// An ask of one of its cells.
+    pub fn ask(&self, key: &str, cost: Cost) -> CellAsk<'_> {
+        CellAsk {
+            cell: self.cells.cell(key),
+            number: self.number,
+            policy: &self.settings,
+            keeping: self.keeping,
+            cost,
+        }
     }
 }
 

@@ -341,8 +341,8 @@ mod tests {
         config::Config,
         entropy::SystemEntropy,
         storage::{
-            CellAsk, Charge, Storage,
-            journal::{Batch, Journal, Keyspace, Stats, Visit},
+            Charge, Storage,
+            journal::{Batch, Journal, Keyspace, Visit},
         },
     };
 
@@ -355,10 +355,6 @@ mod tests {
     impl Journal for Hanging {
         fn keeps(&self) -> bool {
             true
-        }
-
-        fn get(&self, _: Keyspace, _: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
-            Ok(None)
         }
 
         fn scan(&self, _: Keyspace, _: &mut Visit<'_>) -> Result<(), JournalError> {
@@ -384,16 +380,6 @@ mod tests {
         fn witness(&mut self, _: u64) -> Result<(), JournalError> {
             Ok(())
         }
-
-        fn tidy(&mut self, _: usize) -> Result<bool, JournalError> {
-            Ok(false)
-        }
-
-        fn stop_tidying(&mut self) {}
-
-        fn stats(&self) -> Stats {
-            Stats::default()
-        }
     }
 
     /// A writer with something to write, and what lets its disk go.
@@ -413,13 +399,7 @@ mod tests {
         });
         let recovered = recovered.unwrap();
         let policy = recovered.catalogue.namespace("demo").unwrap().policy("signup").unwrap();
-        let ask = CellAsk {
-            cell: policy.cells.cell(""),
-            number: policy.number,
-            policy: &policy.settings,
-            keeping: policy.keeping,
-            cost: Cost { tokens: 1, estimated: false },
-        };
+        let ask = policy.ask("", Cost { tokens: 1, estimated: false });
         let charge = Charge { charging: Charging::AllOrNothing, asks: &[ask] };
         let (now, mut decision) = (recovered.clock.now(), Decision::default());
         recovered.cells.apply(&charge, None, now, &mut decision).unwrap();

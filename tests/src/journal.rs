@@ -106,10 +106,6 @@ impl Journal for Open {
         true
     }
 
-    fn get(&self, keyspace: Keyspace, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
-        Ok(self.disk.lock().written.get(&(keyspace, key.to_vec())).cloned())
-    }
-
     fn scan(&self, keyspace: Keyspace, visit: &mut Visit<'_>) -> Result<(), JournalError> {
         let disk = self.disk.lock();
         let records = disk.written.iter().filter(|((of, _), _)| *of == keyspace);
@@ -145,12 +141,6 @@ impl Journal for Open {
         disk.syncs += 1;
         Ok(())
     }
-
-    fn tidy(&mut self, _: usize) -> Result<bool, JournalError> {
-        Ok(false)
-    }
-
-    fn stop_tidying(&mut self) {}
 
     fn stats(&self) -> Stats {
         Stats { syncs: self.disk.lock().syncs, ..Stats::default() }

@@ -6,7 +6,7 @@ use fusebox_core::{Charging, Cost, Decision};
 use fusebox_server::{
     config::Config,
     storage::{
-        self, Answer, CellAsk, Charge, Durable, Left, Recovered, RecoveryError, Start, Storage,
+        self, Answer, Charge, Durable, Left, Recovered, RecoveryError, Start, Storage,
         StorageError, Writer, journal::OpenJournal,
     },
 };
@@ -70,14 +70,8 @@ pub fn acquire(
 ) -> Result<Answer<Decision>, StorageError> {
     let namespace = panel.catalogue.namespace("test").expect("the namespace `test`");
     let policy = namespace.policy(policy).expect("a known policy");
-    let ask = CellAsk {
-        cell: policy.cells.cell(key),
-        number: policy.number,
-        policy: &policy.settings,
-        keeping: policy.keeping,
-        cost,
-    };
-    let charge = Charge { charging: Charging::AllOrNothing, asks: &[ask] };
+    let asks = [policy.ask(key, cost)];
+    let charge = Charge { charging: Charging::AllOrNothing, asks: &asks };
     let mut decision = Decision::default();
     let answer = panel.cells.apply(&charge, None, panel.clock.now(), &mut decision)?;
     Ok(answer.map(|()| decision))

@@ -12,12 +12,6 @@ pub trait Journal: Send + 'static {
     /// Whether anything that is committed can be read again: engine `memory` does not.
     fn keeps(&self) -> bool;
 
-    /// The value of a key.
-    ///
-    /// # Errors
-    /// If it cannot be read.
-    fn get(&self, keyspace: Keyspace, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError>;
-
     /// Calls `visit` with every key and value of a keyspace, in the order of the keys.
     ///
     /// # Errors
@@ -51,13 +45,18 @@ pub trait Journal: Send + 'static {
     ///
     /// # Errors
     /// If it cannot; a journal that failed once is not used again.
-    fn tidy(&mut self, live: usize) -> Result<bool, JournalError>;
+    fn tidy(&mut self, live: usize) -> Result<bool, JournalError> {
+        let _ = live;
+        Ok(false)
+    }
 
     /// Gives up the housekeeping that is under way: what follows is the end.
-    fn stop_tidying(&mut self);
+    fn stop_tidying(&mut self) {}
 
-    /// What it has done so far.
-    fn stats(&self) -> Stats;
+    /// What it has done so far, if it counts.
+    fn stats(&self) -> Stats {
+        Stats::default()
+    }
 }
 
 /// What a journal has done since it was opened.
@@ -190,10 +189,6 @@ impl Journal for Nothing {
         false
     }
 
-    fn get(&self, _: Keyspace, _: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
-        Ok(None)
-    }
-
     fn scan(&self, _: Keyspace, _: &mut Visit<'_>) -> Result<(), JournalError> {
         Ok(())
     }
@@ -212,15 +207,5 @@ impl Journal for Nothing {
 
     fn witness(&mut self, _: u64) -> Result<(), JournalError> {
         Ok(())
-    }
-
-    fn tidy(&mut self, _: usize) -> Result<bool, JournalError> {
-        Ok(false)
-    }
-
-    fn stop_tidying(&mut self) {}
-
-    fn stats(&self) -> Stats {
-        Stats::default()
     }
 }

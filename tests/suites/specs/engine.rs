@@ -13,9 +13,7 @@ use fusebox_core::{
 use fusebox_server::{
     catalogue::{self, Catalogue, CellHasher, PolicyNumber},
     config::Config,
-    storage::{
-        Answer, CellAsk, Charge, Embedded, Keeping, Recovered, Settlement, Storage, journal::Sled,
-    },
+    storage::{Answer, Charge, Embedded, Keeping, Recovered, Settlement, Storage, journal::Sled},
 };
 use fusebox_tests::{
     ManualClock,
@@ -281,15 +279,7 @@ fn acquire(
 ) -> Answer<Decision> {
     let namespace = catalogue.namespace("spec").expect("a policy first");
     let asks = asks.iter().map(|(named, cost)| {
-        let policy = namespace.policy(named.policy).expect("a known policy");
-        let cell = policy.cells.cell(named.key);
-        CellAsk {
-            cell,
-            number: policy.number,
-            policy: &policy.settings,
-            keeping: policy.keeping,
-            cost: *cost,
-        }
+        namespace.policy(named.policy).expect("a known policy").ask(named.key, *cost)
     });
     let charge = Charge { charging, asks: &asks.collect::<Vec<_>>() };
     let mut decision = Decision::default();

@@ -178,11 +178,6 @@ impl Journal for Sled {
         true
     }
 
-    fn get(&self, keyspace: Keyspace, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
-        let value = self.store.db.get(full_key(keyspace, key)).map_err(failed("read"))?;
-        Ok(value.map(|value| value.to_vec()))
-    }
-
     fn scan(&self, keyspace: Keyspace, visit: &mut Visit<'_>) -> Result<(), JournalError> {
         let mut sum = 0_u64;
         for pair in self.store.db.scan_prefix([keyspace as u8]) {
