@@ -7,6 +7,7 @@
 
 mod accept;
 pub mod app;
+pub mod calendar;
 pub mod catalogue;
 pub mod cli;
 pub mod clock;
