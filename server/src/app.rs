@@ -1,24 +1,35 @@
 //! What callers can do: the server without its transport.
 
 mod grants;
+mod lessees;
+mod priority;
+mod report;
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use arrayvec::ArrayVec;
-use fusebox_core::{Charging, Cost, Decision, Kind, MAX_RULES, Time};
+use fusebox_core::{Charging, Kind, Limit, MAX_RULES, Moment, Purpose, Time, Wall};
 use thiserror::Error;
 
-use self::grants::{Grant, Taken};
-pub use self::grants::{GrantId, Grants};
+use self::{
+    grants::{Due, Grant, Owner, Part},
+    lessees::Lessees,
+};
+pub use self::{
+    grants::{GrantId, GrantName, Grants, Told},
+    priority::Priority,
+    report::{Renewed, Report, ReportError, Reported, Reports},
+};
 use crate::{
     catalogue::{Catalogue, Namespace, Policy},
     clock::ServerClock,
-    counters::Reports,
     entropy::Entropy,
     limits,
     reservation::Reservation,
-    storage::{Answer, CellAsk, Charge, OpenGrant, Room, Settlement, Storage, StorageError},
+    storage::{
+        Answer, CellAsk, Charge, Decided, Holds, OpenGrant, OpenPart, Room, Storage, StorageError,
+    },
 };
 
 /// Who calls. There is no authentication yet, so everybody is the same.
@@ -34,7 +45,18 @@ pub struct Caller {
     /// Who.
     pub principal: Principal,
     /// When.
-    pub now: Time,
+    pub now: Moment,
+}
+
+/// The process that calls, as it names itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Client<'a> {
+    /// New for each process.
+    pub id: &'a str,
+    /// The service that it is one of.
+    pub service: &'a str,
+    /// Where it runs.
+    pub zone: &'a str,
 }
 
 /// An Acquire that is well-formed.
@@ -42,8 +64,21 @@ pub struct Caller {
 pub struct Acquire<'a, A> {
     /// Namespace of the policies.
     pub namespace: &'a str,
-    /// 1 to 16 asks; at most one is estimated.
+    /// Who calls, if it says so.
+    pub client: Option<Client<'a>>,
+    /// What is asked.
+    pub entry: Entry<A>,
+}
+
+/// What an Acquire asks, alone or in a batch.
+#[derive(Clone, Debug)]
+pub struct Entry<A> {
+    /// 1 to 16 asks; at most one is estimated, and at most one wants a lease.
     pub asks: A,
+    /// How much it matters.
+    pub priority: Priority,
+    /// The call is a retry of an earlier one.
+    pub retry: bool,
 }
 
 /// Acquires that are well-formed, to be decided one after another.
@@ -51,7 +86,9 @@ pub struct Acquire<'a, A> {
 pub struct Batch<'a, E> {
     /// Namespace of all the policies.
     pub namespace: &'a str,
-    /// The asks of each, as those of an [`Acquire`].
+    /// Who calls, if it says so.
+    pub client: Option<Client<'a>>,
+    /// What each asks.
     pub entries: E,
 }
 
@@ -62,17 +99,34 @@ pub struct Ask<'a> {
     pub policy: &'a str,
     /// Which bucket.
     pub key: &'a str,
-    /// What it costs.
-    pub cost: Cost,
+    /// Tokens to charge; 0 is a peek.
+    pub cost: u64,
+    /// The cost is an estimate.
+    pub estimated: bool,
+    /// Tokens wanted ahead.
+    pub lease: u64,
 }
 
 /// What became of an Acquire.
 #[derive(Debug, Default)]
 pub struct Acquired {
-    /// The decision.
-    pub decision: Decision,
-    /// The grant, and the index of the ask that opened it.
-    pub grant: Option<(usize, GrantId)>,
+    /// What was decided, with a verdict for each ask.
+    pub decided: Decided,
+    /// The grant.
+    pub grant: Option<GrantName>,
+    /// What the grant holds, by ask.
+    pub held: ArrayVec<Held, { limits::ASKS }>,
+}
+
+/// What a grant holds of one ask.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// The ask.
+    pub ask: usize,
+    /// Tokens leased.
+    pub leased: u64,
+    /// How long until it settles by itself.
+    pub expires_in: Duration,
 }
 
 /// Why nothing could be decided. Nothing was charged, unless the storage failed.
@@ -101,23 +155,31 @@ pub enum AcquireError {
         /// Most that the policy grants.
         most: u64,
     },
+    /// An estimate of what is not estimated.
+    #[error("policy `{policy}` counts {counts}, which are not estimated; leave `estimated` unset")]
+    NotEstimable {
+        /// Index of the ask.
+        ask: usize,
+        /// The policy.
+        policy: String,
+        /// What it counts.
+        counts: &'static str,
+    },
+    /// More limits than are decided together.
+    #[error(
+        "the policies of the asks have {count} limits in all; at most {} are decided together",
+        limits::BATCH_ASKS
+    )]
+    TooManyLimits {
+        /// How many.
+        count: usize,
+    },
     /// Too many open grants.
     #[error(
-        "{} estimates are open, as many as this server holds; report those that ended",
+        "{} grants are open, as many as this server holds; report those that ended",
         limits::OPEN_GRANTS
     )]
     GrantsFull,
-    /// The storage cannot.
-    #[error(transparent)]
-    Storage(#[from] StorageError),
-}
-
-/// Why nothing could be settled.
-#[derive(Debug, Error)]
-pub enum ReportError {
-    /// No such namespace.
-    #[error("unknown namespace `{0}`")]
-    UnknownNamespace(String),
     /// The storage cannot.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -132,57 +194,54 @@ pub struct BatchError {
     pub error: AcquireError,
 }
 
-/// How one granted call went.
-#[derive(Clone, Copy, Debug)]
-pub struct Outcome {
-    /// The grant; `None` if it cannot be one of ours.
-    pub grant: Option<GrantId>,
-    /// Tokens that the call cost in all; `None` if it cost what was estimated.
-    pub actual_cost: Option<u64>,
-}
-
-/// What became of one outcome.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reported {
-    /// The grant is settled.
-    Applied,
-    /// It had been settled before.
-    Duplicate,
-    /// There is no such grant, or it is not this caller's.
-    UnknownGrant,
-}
-
 /// Decides: policies, cells and grants together.
 pub struct App {
     catalogue: ArcSwap<Catalogue>,
     storage: Arc<dyn Storage>,
     grants: Grants,
+    lessees: Lessees,
     clock: ServerClock,
     entropy: Arc<dyn Entropy>,
     reports: Reports,
 }
 
+/// What tells one life of an app from others.
+pub struct Life {
+    /// Number of this start.
+    pub boot: u64,
+    /// Drawn once for the data directory.
+    pub secret: [u8; 16],
+    /// Grants that a clean stop left open.
+    pub open: Vec<OpenGrant>,
+}
+
 impl App {
-    /// An app of this start, `boot`, which goes on with the grants that a clean stop left open.
+    /// An app that goes on with the grants that a clean stop left open.
     pub fn new(
         catalogue: Catalogue,
         storage: Arc<dyn Storage>,
         clock: ServerClock,
         entropy: Arc<dyn Entropy>,
-        boot: u64,
-        open: Vec<OpenGrant>,
+        life: Life,
     ) -> Self {
-        let grants = Grants::new(boot, limits::OPEN_GRANTS);
-        for grant in open {
-            // Only of policies that are there: recovery sees to that.
-            if let Some(policy) = catalogue.numbered(grant.number) {
-                grants.restore(&grant, Arc::clone(policy));
-            }
+        let grants = Grants::new(life.boot, life.secret, limits::OPEN_GRANTS);
+        for OpenGrant { id, client, parts } in life.open {
+            // Only of limiters that are there: recovery sees to that.
+            let part = |open: OpenPart| {
+                let limiter = Arc::clone(catalogue.numbered(open.number)?);
+                Some(Part { limiter, open })
+            };
+            let parts: Vec<_> = parts.into_iter().filter_map(part).collect();
+            let Some(first) = parts.first() else { continue };
+            let namespace = Arc::clone(&first.limiter.name.namespace);
+            let owner = Owner { principal: Principal::Anonymous, namespace };
+            grants.restore(id, Grant { owner, client: client.into(), parts });
         }
         Self {
             catalogue: ArcSwap::from_pointee(catalogue),
             storage,
             grants,
+            lessees: Lessees::default(),
             clock,
             entropy,
             reports: Reports::default(),
@@ -225,17 +284,14 @@ impl App {
         tell: impl FnOnce(&Acquired) -> T,
     ) -> Result<Answer<T>, AcquireError> {
         let catalogue = self.catalogue.load();
-        let namespace = named(&catalogue, acquire.namespace)?;
-        let mut policies = ArrayVec::<_, MAX_RULES>::new();
-        let mut asks = ArrayVec::<_, MAX_RULES>::new();
-        for (index, ask) in acquire.asks.into_iter().enumerate() {
-            let (policy, ask) = resolved(namespace, index, ask)?;
-            policies.push(policy);
-            asks.push(ask);
-        }
-        let estimates = asks.iter().any(|ask| ask.cost.estimated);
-        let mut grants = estimates.then(|| self.reserve_grants(1)).transpose()?;
-        let resolved = Resolved { policies: &policies, asks: &asks };
+        let mut named = ArrayVec::<_, { limits::ASKS }>::new();
+        let mut rules = ArrayVec::<_, MAX_RULES>::new();
+        let Acquire { namespace: name, client, entry } = acquire;
+        let namespace = namespace(&catalogue, name)?;
+        let asker = Asker { app: self, namespace, caller, client };
+        asker.resolve(entry, |ask| named.push(ask), |rule| rules.push(rule))?;
+        let mut grants = needs_grant(&rules).then(|| self.reserve_grants(1)).transpose()?;
+        let resolved = Resolved { catalogue: &catalogue, asks: &named, rules: &rules, client };
         Ok(self.decide(caller, resolved, None, grants.as_mut(), tell)?)
     }
 
@@ -244,41 +300,48 @@ impl App {
     ///
     /// # Errors
     /// If one of them could not be decided; then nothing was charged, unless the storage failed.
-    pub fn acquire_batch<'a, T>(
+    pub fn acquire_batch<'a, A: IntoIterator<Item = Ask<'a>>, T>(
         &self,
         caller: Caller,
-        batch: Batch<'a, impl ExactSizeIterator<Item: IntoIterator<Item = Ask<'a>>>>,
+        batch: Batch<'a, impl ExactSizeIterator<Item = Entry<A>>>,
         tell: impl Fn(&Acquired) -> T,
     ) -> Result<Vec<Answer<T>>, BatchError> {
         let catalogue = self.catalogue.load();
         let in_entry = |index, error| BatchError { entry: Some(index), error };
         let in_all = |error| BatchError { entry: None, error };
+        let Batch { namespace: name, client, entries } = batch;
         // An unknown namespace is told of the first entry, which is the first that is looked at.
-        let namespace = named(&catalogue, batch.namespace).map_err(|error| in_entry(0, error))?;
+        let namespace = namespace(&catalogue, name).map_err(|error| in_entry(0, error))?;
+        let asker = Asker { app: self, namespace, caller, client };
 
         // Those of all entries in one row, and where each entry ends in it.
-        let entries = batch.entries.len();
-        let (mut policies, mut asks) = (Vec::with_capacity(entries), Vec::with_capacity(entries));
-        let mut ends = Vec::with_capacity(entries);
-        for (entry, entry_asks) in batch.entries.enumerate() {
-            for (index, ask) in entry_asks.into_iter().enumerate() {
-                let found = resolved(namespace, index, ask);
-                let (policy, ask) = found.map_err(|error| in_entry(entry, error))?;
-                policies.push(policy);
-                asks.push(ask);
-            }
-            ends.push(asks.len());
+        let count = entries.len();
+        let (mut named, mut rules) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        let mut ends = Vec::with_capacity(count);
+        for (index, entry) in entries.enumerate() {
+            let resolved = asker.resolve(entry, |ask| named.push(ask), |rule| rules.push(rule));
+            resolved.map_err(|error| in_entry(index, error))?;
+            ends.push((named.len(), rules.len()));
+        }
+        if rules.len() > limits::BATCH_ASKS {
+            return Err(in_all(AcquireError::TooManyLimits { count: rules.len() }));
         }
 
         // All the room that any entry may need, so that none fails after another was charged.
-        let mut room = self.storage.reserve(&asks).map_err(|error| in_all(error.into()))?;
-        let estimates = asks.iter().filter(|ask| ask.cost.estimated).count();
-        let mut grants = self.reserve_grants(estimates).map_err(in_all)?;
+        let mut room = self.storage.reserve(&rules).map_err(|error| in_all(error.into()))?;
+        let mut start = (0, 0);
+        let mut wanted = 0;
+        for end in &ends {
+            wanted += usize::from(needs_grant(&rules[start.1..end.1]));
+            start = *end;
+        }
+        let mut grants = self.reserve_grants(wanted).map_err(in_all)?;
 
-        let mut answers = Vec::with_capacity(entries);
-        let mut start = 0;
+        let mut answers = Vec::with_capacity(count);
+        let mut start = (0, 0);
         for (entry, end) in ends.into_iter().enumerate() {
-            let resolved = Resolved { policies: &policies[start..end], asks: &asks[start..end] };
+            let (asks, rules) = (&named[start.0..end.0], &rules[start.1..end.1]);
+            let resolved = Resolved { catalogue: &catalogue, asks, rules, client };
             start = end;
             let answer = self.decide(caller, resolved, Some(&mut room), Some(&mut grants), &tell);
             answers.push(answer.map_err(|error| in_entry(entry, error.into()))?);
@@ -286,57 +349,22 @@ impl App {
         Ok(answers)
     }
 
-    /// Settles grants, each once.
-    ///
-    /// # Errors
-    /// If the namespace is unknown, or the storage failed.
-    pub async fn report(
-        &self,
-        caller: Caller,
-        namespace: &str,
-        outcomes: &[Outcome],
-    ) -> Result<Vec<Reported>, ReportError> {
-        if self.catalogue.load().namespace(namespace).is_none() {
-            return Err(ReportError::UnknownNamespace(namespace.to_owned()));
-        }
-        let mut results = Vec::with_capacity(outcomes.len());
-        for outcome in outcomes {
-            let taken = outcome.grant.map_or(Taken::Unknown, |id| {
-                self.grants.settle(id, caller.principal, namespace, caller.now)
-            });
-            let result = match taken {
-                Taken::Open(grant) => {
-                    self.settle(&grant, outcome.actual_cost, caller.now).await?;
-                    Reported::Applied
-                }
-                Taken::Settled => Reported::Duplicate,
-                Taken::Unknown => Reported::UnknownGrant,
-            };
-            let count = match result {
-                Reported::Applied => &self.reports.applied,
-                Reported::Duplicate => &self.reports.duplicate,
-                Reported::UnknownGrant => &self.reports.unknown_grant,
-            };
-            count.fetch_add(1, Ordering::Relaxed);
-            results.push(result);
-        }
-        Ok(results)
-    }
-
     /// One bounded round of housekeeping: full cells leave, and what expired is settled as charged.
     ///
     /// # Errors
     /// If the storage failed.
-    pub async fn tend(&self) -> Result<(), StorageError> {
+    pub fn tend(&self) -> Result<(), StorageError> {
         let now = self.clock.now();
         self.storage.tend(&self.catalogue.load(), now);
-        for grant in self.grants.expire(now) {
-            self.settle(&grant, None, now).await?;
+        for due in self.grants.expire(now.time) {
+            // Nobody waits for it: the writer sees to it that it reaches the disk.
+            self.settle(&due, now)?;
         }
+        self.lessees.tend(now.time);
         Ok(())
     }
 
-    /// Room for so many grants, one for each estimate.
+    /// Room for so many grants.
     fn reserve_grants(&self, amount: usize) -> Result<Reservation, AcquireError> {
         self.grants.reserve(amount).ok_or(AcquireError::GrantsFull)
     }
@@ -351,95 +379,282 @@ impl App {
         tell: impl FnOnce(&Acquired) -> T,
     ) -> Result<Answer<T>, StorageError> {
         let mut acquired = Acquired::default();
-        let charge = Charge { charging: Charging::AllOrNothing, asks: resolved.asks };
-        let answer = self.storage.apply(&charge, room, caller.now, &mut acquired.decision)?;
-        // Concluded at once: a caller that goes away while the disk is at it must not leave an estimate out
-        // that nobody can settle.
+        let charge = Charge {
+            charging: Charging::AllOrNothing,
+            asks: resolved.rules,
+            catalogue: resolved.catalogue,
+        };
+        let answer = self.storage.apply(&charge, room, caller.now, &mut acquired.decided)?;
+        // Concluded at once: a caller that goes away while the disk is at it must not leave a grant out that
+        // nobody can settle.
         self.conclude(caller, resolved, grants, &mut acquired);
         Ok(answer.map(|()| tell(&acquired)))
     }
 
-    /// Counts a decision, and opens the grant that it owes in the room that is there for it.
+    /// Opens the grant that a decision owes in the room that is there for it, leaves one verdict for each ask,
+    /// and counts them.
     fn conclude(
         &self,
         caller: Caller,
-        Resolved { policies, asks }: Resolved<'_>,
+        resolved: Resolved<'_>,
         grants: Option<&mut Reservation>,
-        Acquired { decision, grant }: &mut Acquired,
+        acquired: &mut Acquired,
     ) {
-        for (policy, verdict) in policies.iter().zip(&decision.verdicts) {
-            if verdict.cost > 0 {
-                policy.decisions.count(decision, verdict.admission);
+        let Acquired { decided, grant, held } = acquired;
+        if let Some(room) = grants.filter(|_| decided.decision.allowed) {
+            let parts = resolved.parts(decided, held, caller.now);
+            if !parts.is_empty() {
+                let namespace = Arc::clone(&resolved.asks[0].policy.namespace);
+                let owner = Owner { principal: caller.principal, namespace };
+                let client = resolved.client.map_or("", |client| client.id).into();
+                let owed = Grant { owner, client, parts };
+                *grant = self.grants.open_grant(owed, room, &*self.entropy);
             }
         }
-        let estimate = asks.iter().position(|ask| ask.cost.estimated);
-        let Some((ask, room)) = estimate.zip(grants).filter(|_| decision.allowed) else { return };
-        let owed = Grant {
-            principal: caller.principal,
-            policy: Arc::clone(policies[ask]),
-            cell: asks[ask].cell,
-            amount: asks[ask].cost.tokens,
-            expires_at: caller.now.after(limits::ESTIMATE_LIFE),
-        };
-        let opened = self.grants.open_grant(owed, room, &*self.entropy);
-        *grant = opened.map(|id| (ask, id));
+        let decision = &mut decided.decision;
+        if resolved.asks.len() < resolved.rules.len() {
+            let ends: ArrayVec<usize, { limits::ASKS }> = resolved.ends().collect();
+            decision.merge(&ends);
+        }
+        for (ask, verdict) in resolved.asks.iter().zip(&decision.verdicts) {
+            if ask.counts {
+                ask.policy.decisions.count(decision.allowed, verdict);
+            }
+        }
     }
 
-    async fn settle(
-        &self,
-        grant: &Grant,
-        actual: Option<u64>,
-        now: Time,
-    ) -> Result<(), StorageError> {
-        // The policy as it is now: its settings may have changed since the grant.
-        let catalogue = self.catalogue();
-        let policy = catalogue.numbered(grant.policy.number).unwrap_or(&grant.policy);
-        let settlement = Settlement {
-            cell: grant.cell,
-            number: policy.number,
-            policy: &policy.settings,
-            keeping: policy.keeping,
-            charged: grant.amount,
-            actual: actual.unwrap_or(grant.amount),
+    /// Tells a cell what is known now of what was charged.
+    fn settle(&self, due: &Due, now: Moment) -> Result<Answer<()>, StorageError> {
+        // The limiter as it is now: its settings may have changed since the grant.
+        let catalogue = self.catalogue.load();
+        let limiter = catalogue.numbered(due.limiter.number).unwrap_or(&due.limiter);
+        let settlement = crate::storage::Settlement {
+            cell: due.cell,
+            judge: crate::storage::Judge { limiter, catalogue: &catalogue },
+            revision: due.revision,
+            known: fusebox_core::Settlement { window: limiter.window(now), ..due.known },
         };
-        let settled = self.storage.settle(&settlement, now)?.told().await?;
-        if settled.dropped > 0 {
-            policy.decisions.count_dropped_debt(settled.dropped);
+        let answer = self.storage.settle(&settlement, now)?;
+        Ok(answer.map(|settled| {
+            if settled.dropped > 0
+                && let Some(policy) = catalogue.policy(&limiter.name)
+            {
+                policy.decisions.count_dropped_debt(settled.dropped);
+            }
+        }))
+    }
+}
+
+/// Whether a grant may be owed for one of these.
+fn needs_grant(rules: &[CellAsk<'_>]) -> bool {
+    rules.iter().any(|rule| holds(rule, rule.ask.tokens).is_some())
+}
+
+/// What a grant holds of a rule that charged so many tokens.
+fn holds(rule: &CellAsk<'_>, granted: u64) -> Option<Holds> {
+    if granted == 0 || rule.shadow {
+        return None;
+    }
+    match rule.ask.purpose {
+        Purpose::Lease { .. } => Some(Holds::Lease),
+        Purpose::Estimate => Some(Holds::Estimate),
+        Purpose::Spend => rule.limiter.is_concurrency().then_some(Holds::Permit),
+    }
+}
+
+/// An ask whose policy is found.
+struct Named<'a> {
+    policy: &'a Arc<Policy>,
+    /// How many rules judge it.
+    rules: usize,
+    /// It is no peek, so it counts.
+    counts: bool,
+}
+
+/// An Acquire whose names are found: its asks, and the rules that judge them in a row.
+#[derive(Clone, Copy)]
+struct Resolved<'a> {
+    catalogue: &'a Catalogue,
+    asks: &'a [Named<'a>],
+    rules: &'a [CellAsk<'a>],
+    client: Option<Client<'a>>,
+}
+
+impl Resolved<'_> {
+    /// Where the rules of each ask end.
+    fn ends(&self) -> impl Iterator<Item = usize> {
+        self.asks.iter().scan(0, |end, ask| {
+            *end += ask.rules;
+            Some(*end)
+        })
+    }
+
+    /// What a grant holds of what was charged; what of it is to be told of each ask.
+    fn parts(
+        &self,
+        decided: &Decided,
+        held: &mut ArrayVec<Held, { limits::ASKS }>,
+        now: Moment,
+    ) -> Vec<Part> {
+        let mut parts = Vec::new();
+        let mut start = 0;
+        for (ask, (named, end)) in self.asks.iter().zip(self.ends()).enumerate() {
+            let mut of_ask = None::<Held>;
+            for index in start..end {
+                let (rule, charged) = (&self.rules[index], decided.charged[index]);
+                let granted = decided.decision.verdicts[index].granted;
+                let Some(holds) = holds(rule, granted) else { continue };
+                let life = life(holds, rule, named.policy, charged.slice, now);
+                let open = OpenPart {
+                    holds,
+                    number: rule.limiter.number,
+                    revision: rule.limiter.settings.revision,
+                    cell: charged.cell,
+                    slice: charged.slice,
+                    charged: granted,
+                    told: 0,
+                    expires_at: now.time.after(life),
+                };
+                let limiter = self.catalogue.numbered(rule.limiter.number).map(Arc::clone);
+                parts.extend(limiter.map(|limiter| Part { limiter, open }));
+                let leased = if holds == Holds::Lease { granted } else { 0 };
+                let before = of_ask.unwrap_or(Held { ask, leased: 0, expires_in: life });
+                of_ask = Some(Held {
+                    leased: before.leased + leased,
+                    expires_in: before.expires_in.min(life),
+                    ..before
+                });
+            }
+            held.extend(of_ask);
+            start = end;
+        }
+        parts
+    }
+}
+
+/// How long what a grant holds lives.
+fn life(holds: Holds, rule: &CellAsk<'_>, policy: &Policy, slice: u64, now: Moment) -> Duration {
+    match (holds, &rule.limiter.settings.limit) {
+        (Holds::Permit, Limit::Concurrency(permits)) => permits.ttl(),
+        // A lease ends with its window.
+        (Holds::Lease, Limit::Window(_)) => {
+            let left = Wall::from_nanos(slice).nanos_since(now.wall);
+            policy.lease_time.min(Duration::from_nanos(left))
+        }
+        (Holds::Lease, _) => policy.lease_time,
+        (Holds::Estimate | Holds::Permit, _) => limits::ESTIMATE_LIFE,
+    }
+}
+
+/// Whose asks are resolved, and against what.
+struct Asker<'a, 'n> {
+    app: &'n App,
+    namespace: &'n Namespace,
+    caller: Caller,
+    client: Option<Client<'a>>,
+}
+
+impl<'n> Asker<'_, 'n> {
+    /// The asks of an entry and the rules that judge them.
+    fn resolve<'a>(
+        &self,
+        entry: Entry<impl IntoIterator<Item = Ask<'a>>>,
+        mut named: impl FnMut(Named<'n>),
+        mut rule: impl FnMut(CellAsk<'n>),
+    ) -> Result<(), AcquireError> {
+        let Entry { asks, priority, retry } = entry;
+        for (index, ask) in asks.into_iter().enumerate() {
+            let policy = self.namespace.policy(ask.policy).ok_or_else(|| {
+                AcquireError::UnknownPolicy { ask: index, policy: ask.policy.to_owned() }
+            })?;
+            let purpose = if ask.estimated { Purpose::Estimate } else { Purpose::Spend };
+            let core_ask =
+                fusebox_core::Ask { retry, ..fusebox_core::Ask::spend(ask.cost).to(purpose) };
+            let mut rules = 0;
+            for one in policy.asks(ask.key, core_ask, priority, self.caller.now) {
+                check(index, policy, &ask, &one)?;
+                rule(one);
+                rules += 1;
+            }
+            if ask.lease > 0
+                && let Some(clients) = self.lessees(policy, &ask)
+            {
+                let lease = core_ask_of_lease(ask.lease, clients);
+                // Leases leave what the lowest priority does.
+                for one in policy.asks(ask.key, lease, Priority::Bulk, self.caller.now) {
+                    rule(one);
+                    rules += 1;
+                }
+            }
+            named(Named { policy, rules, counts: ask.cost > 0 || ask.lease > 0 });
         }
         Ok(())
     }
+
+    /// How many clients share what can be leased of the key, this one among them; `None` if nothing is leased.
+    fn lessees(&self, policy: &Policy, ask: &Ask<'_>) -> Option<u32> {
+        let [limiter] = policy.rules_of(ask.key).limiters.as_slice() else { return None };
+        let client = self.client.filter(|_| !policy.shadow)?;
+        let (cell, time) = (policy.cells.cell(ask.key), policy.lease_time);
+        let now = self.caller.now.time;
+        let clients = self.app.lessees.count(cell, client.id, time, now)?;
+        is_leasable(&limiter.settings.limit, time, clients).then_some(clients)
+    }
 }
 
-/// An Acquire whose names are found: its asks, and the policy of each.
-#[derive(Clone, Copy)]
-struct Resolved<'a> {
-    policies: &'a [&'a Arc<Policy>],
-    asks: &'a [CellAsk<'a>],
+fn core_ask_of_lease(tokens: u64, clients: u32) -> fusebox_core::Ask {
+    fusebox_core::Ask::spend(tokens).to(Purpose::Lease { clients })
 }
 
-fn named<'a>(catalogue: &'a Catalogue, namespace: &str) -> Result<&'a Namespace, AcquireError> {
-    let found = catalogue.namespace(namespace);
-    found.ok_or_else(|| AcquireError::UnknownNamespace(namespace.to_owned()))
+/// Whether so many clients can lease from a limit: what flows in one lease time must do for two tokens each.
+/// Windows are leased from where they are long, since a lease ends with its window.
+fn is_leasable(limit: &Limit, lease_time: Duration, clients: u32) -> bool {
+    let (limit, per) = match limit {
+        Limit::TokenBucket(bucket) => (bucket.limit(), bucket.per()),
+        Limit::Window(window) if window.longest() >= limits::LEASED_WINDOW => {
+            (window.limit(), window.longest())
+        }
+        _ => return false,
+    };
+    let flows = u128::from(limit) * lease_time.as_nanos();
+    flows >= 2 * u128::from(clients) * per.as_nanos()
 }
 
-/// The ask of that index, with its policy.
-fn resolved<'a>(
-    namespace: &'a Namespace,
+fn namespace<'a>(catalogue: &'a Catalogue, name: &str) -> Result<&'a Namespace, AcquireError> {
+    let found = catalogue.namespace(name);
+    found.ok_or_else(|| AcquireError::UnknownNamespace(name.to_owned()))
+}
+
+/// Refuses what no wait would ever make possible. What only watches refuses nothing.
+fn check(
     index: usize,
-    Ask { policy: name, key, cost }: Ask<'_>,
-) -> Result<(&'a Arc<Policy>, CellAsk<'a>), AcquireError> {
-    let policy = namespace
-        .policy(name)
-        .ok_or_else(|| AcquireError::UnknownPolicy { ask: index, policy: name.to_owned() })?;
+    policy: &Policy,
+    ask: &Ask<'_>,
+    rule: &CellAsk<'_>,
+) -> Result<(), AcquireError> {
+    if rule.shadow {
+        return Ok(());
+    }
+    let limit = &rule.limiter.settings.limit;
+    let counts = match limit {
+        Limit::Concurrency(_) => Some("permits"),
+        Limit::RetryBudget(_) => Some("retries"),
+        _ => None,
+    };
+    if let Some(counts) = counts.filter(|_| ask.estimated) {
+        let policy = policy.name.to_string();
+        return Err(AcquireError::NotEstimable { ask: index, policy, counts });
+    }
     // A limit of 0 denies all, which is an answer; above another limit there is none.
-    let most = policy.settings.limit.capacity();
-    if most > 0 && cost.tokens > most {
+    let (capacity, reserved) = (limit.capacity(), rule.ask.reserved);
+    let most = capacity.saturating_sub(reserved);
+    if capacity > 0 && ask.cost > most {
         return Err(AcquireError::NeverPossible {
             ask: index,
-            policy: name.to_owned(),
-            cost: cost.tokens,
+            policy: policy.name.to_string(),
+            cost: ask.cost,
             most,
         });
     }
-    Ok((policy, policy.ask(key, cost)))
+    Ok(())
 }

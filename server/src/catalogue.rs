@@ -1,13 +1,20 @@
 //! The policies in force: an immutable snapshot, swapped whole.
 
-use std::{fmt, hash::Hasher, sync::Arc};
+mod almanac;
+mod budget;
 
-use fusebox_core::Cost;
+use std::{fmt, hash::Hasher, sync::Arc, time::Duration};
+
+use arrayvec::ArrayVec;
+use fusebox_core::{Ask, Kind, Limit, Moment, Window};
 use hashbrown::HashMap;
 use siphasher::sip128::{Hash128, Hasher128, SipHasher24};
 
+pub use self::{almanac::Almanac, budget::Budget};
 use crate::{
+    app::Priority,
     counters::Decisions,
+    limits,
     storage::{CellAsk, Keeping},
 };
 
@@ -17,8 +24,8 @@ pub struct Catalogue {
     /// Counts the snapshots of this run.
     pub revision: u64,
     namespaces: HashMap<Box<str>, Namespace>,
-    /// Also those that the configuration no longer names, while cells of theirs may live.
-    numbered: HashMap<PolicyNumber, Arc<Policy>>,
+    /// Also those that no policy has any more, while cells of theirs may live.
+    numbered: HashMap<LimiterNumber, Arc<Limiter>>,
 }
 
 /// The policies of one tenant, by name.
@@ -34,34 +41,101 @@ pub struct Policy {
     pub namespace: Arc<str>,
     /// Its name.
     pub name: Arc<str>,
-    /// What its cells call it.
-    pub number: PolicyNumber,
-    /// What decides.
-    pub settings: fusebox_core::Policy,
-    /// How its cells are kept on disk.
-    pub keeping: Keeping,
+    /// What judges keys that no override names.
+    pub rules: Rules,
+    /// What judges the keys of overrides.
+    pub overrides: Overrides,
+    /// It only watches.
+    pub shadow: bool,
+    /// What is kept from callers of a lower priority.
+    pub reserves: Reserves,
+    /// Most callers that stand in line at one key.
+    pub max_waiting: usize,
+    /// How long a lease lives.
+    pub lease_time: Duration,
     /// Names its cells.
     pub cells: CellHasher,
+    /// How many cells it may have.
+    pub budget: Arc<Budget>,
     /// Counts its decisions; outlives the snapshot.
     pub decisions: Arc<Decisions>,
 }
 
-/// What the cells of a policy call it: given once, never reused in a data directory.
+/// The limits that judge a key together, and where it is counted once the policy has too many keys.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// Each has its own cell of the key.
+    pub limiters: ArrayVec<Arc<Limiter>, { limits::LIMITS }>,
+    /// The cell that keys past the budget share; without one each key always has its own.
+    pub overflow: Option<CellId>,
+}
+
+/// Rules of some keys: of one by its name, else of the longest prefix.
+#[derive(Debug, Default)]
+pub struct Overrides {
+    /// By key.
+    pub exact: HashMap<Box<str>, Rules>,
+    /// By prefix, the longest first.
+    pub prefixes: Vec<(Box<str>, Rules)>,
+}
+
+/// Shares of what a policy has that callers of a lower priority must leave, in basis points: 10,000 is all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reserves {
+    /// Kept for critical calls.
+    pub critical_basis_points: u16,
+    /// Kept for critical and normal calls.
+    pub normal_basis_points: u16,
+}
+
+/// One limit of a policy or of one of its overrides: what the cells are counted by.
+#[derive(Debug)]
+pub struct Limiter {
+    /// The policy that it belongs to, or did.
+    pub name: PolicyName,
+    /// What its cells call it.
+    pub number: LimiterNumber,
+    /// What decides.
+    pub settings: fusebox_core::Policy,
+    /// How its cells are kept on disk.
+    pub keeping: Keeping,
+    /// The calendar that its windows are counted in, if they are.
+    pub calendar: Option<Almanac>,
+    /// The policy's cells.
+    pub budget: Arc<Budget>,
+}
+
+/// The names of a policy.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PolicyName {
+    /// Of its namespace.
+    pub namespace: Arc<str>,
+    /// Its own.
+    pub policy: Arc<str>,
+}
+
+/// What the cells of a limiter call it: given once, never reused in a data directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PolicyNumber(pub u32);
+pub struct LimiterNumber(pub u32);
 
 impl Catalogue {
-    /// A snapshot of these policies, each with whether it can be asked by name.
-    pub fn new(revision: u64, policies: impl IntoIterator<Item = (Policy, bool)>) -> Self {
+    /// A snapshot of these policies, and of limiters that belong to none of them any more.
+    pub fn new(
+        revision: u64,
+        policies: impl IntoIterator<Item = Policy>,
+        retired: impl IntoIterator<Item = Arc<Limiter>>,
+    ) -> Self {
         let mut catalogue = Self { revision, ..Self::default() };
-        for (policy, named) in policies {
-            let policy = Arc::new(policy);
-            if named {
-                let namespace = policy.namespace.as_ref().into();
-                let namespace = catalogue.namespaces.entry(namespace).or_default();
-                namespace.policies.insert(policy.name.as_ref().into(), Arc::clone(&policy));
+        for policy in policies {
+            for limiter in policy.limiters() {
+                catalogue.numbered.insert(limiter.number, Arc::clone(limiter));
             }
-            catalogue.numbered.insert(policy.number, policy);
+            let namespace = policy.namespace.as_ref().into();
+            let namespace = catalogue.namespaces.entry(namespace).or_default();
+            namespace.policies.insert(policy.name.as_ref().into(), Arc::new(policy));
+        }
+        for limiter in retired {
+            catalogue.numbered.entry(limiter.number).or_insert(limiter);
         }
         catalogue
     }
@@ -71,20 +145,25 @@ impl Catalogue {
         self.namespaces.get(name)
     }
 
-    /// The policy of that number.
-    pub fn numbered(&self, number: PolicyNumber) -> Option<&Arc<Policy>> {
+    /// The policy of that name.
+    pub fn policy(&self, name: &PolicyName) -> Option<&Arc<Policy>> {
+        self.namespace(&name.namespace)?.policy(&name.policy)
+    }
+
+    /// The limiter of that number.
+    pub fn numbered(&self, number: LimiterNumber) -> Option<&Arc<Limiter>> {
         self.numbered.get(&number)
     }
 
-    /// Every policy that cannot be asked: the configuration no longer names it.
-    pub fn unnamed(&self) -> impl Iterator<Item = &Arc<Policy>> {
-        self.numbered.values().filter(|policy| !self.names(policy))
+    /// Every limiter that cannot be asked: no policy has it any more.
+    pub fn retired(&self) -> impl Iterator<Item = &Arc<Limiter>> {
+        self.numbered.values().filter(|limiter| !self.has(limiter))
     }
 
-    /// Whether the policy can be asked.
-    pub fn names(&self, policy: &Policy) -> bool {
-        let namespace = self.namespace(&policy.namespace);
-        namespace.is_some_and(|namespace| namespace.policy(&policy.name).is_some())
+    /// Whether the limiter can be asked.
+    pub fn has(&self, limiter: &Limiter) -> bool {
+        let policy = self.policy(&limiter.name);
+        policy.is_some_and(|policy| policy.limiters().any(|own| own.number == limiter.number))
     }
 
     /// Every policy that can be asked.
@@ -94,15 +173,82 @@ impl Catalogue {
 }
 
 impl Policy {
-    /// An ask of one of its cells.
-    pub fn ask(&self, key: &str, cost: Cost) -> CellAsk<'_> {
-        CellAsk {
-            cell: self.cells.cell(key),
-            number: self.number,
-            policy: &self.settings,
-            keeping: self.keeping,
-            cost,
+    /// What judges that key.
+    pub fn rules_of(&self, key: &str) -> &Rules {
+        if self.overrides.is_empty() {
+            &self.rules
+        } else {
+            self.overrides.of(key).unwrap_or(&self.rules)
         }
+    }
+
+    /// Every limiter, also of overrides.
+    pub fn limiters(&self) -> impl Iterator<Item = &Arc<Limiter>> {
+        let overrides = self.overrides.exact.values();
+        let overrides = overrides.chain(self.overrides.prefixes.iter().map(|(_, rules)| rules));
+        std::iter::once(&self.rules).chain(overrides).flat_map(|rules| &rules.limiters)
+    }
+
+    /// The asks of one key, one for each limit that judges it.
+    pub fn asks<'a>(
+        &'a self,
+        key: &str,
+        ask: Ask,
+        priority: Priority,
+        now: Moment,
+    ) -> impl Iterator<Item = CellAsk<'a>> + use<'a> {
+        let rules = self.rules_of(key);
+        let cell = self.cells.cell(key);
+        rules.limiters.iter().enumerate().map(move |(index, limiter)| CellAsk {
+            cell: cell.of_limit(index),
+            overflow: rules.overflow.map(|overflow| overflow.of_limit(index)),
+            limiter,
+            ask: Ask {
+                reserved: self.reserves.kept_from(priority, limiter.settings.limit.capacity()),
+                window: limiter.window(now),
+                ..ask
+            },
+            shadow: self.shadow,
+        })
+    }
+}
+
+impl Overrides {
+    fn is_empty(&self) -> bool {
+        self.exact.is_empty() && self.prefixes.is_empty()
+    }
+
+    fn of(&self, key: &str) -> Option<&Rules> {
+        let longest = || self.prefixes.iter().find(|(prefix, _)| key.starts_with(&**prefix));
+        self.exact.get(key).or_else(|| longest().map(|(_, rules)| rules))
+    }
+}
+
+impl Reserves {
+    /// Tokens of `capacity` that a caller of that priority must leave to others. Rounded up: a reserve of
+    /// something is never nothing.
+    pub fn kept_from(self, priority: Priority, capacity: u64) -> u64 {
+        let share = match priority {
+            Priority::Critical => return 0,
+            Priority::Normal => u64::from(self.critical_basis_points),
+            Priority::Bulk => {
+                u64::from(self.critical_basis_points) + u64::from(self.normal_basis_points)
+            }
+        };
+        let kept = u128::from(capacity) * u128::from(share);
+        u64::try_from(kept.div_ceil(10_000)).unwrap_or(u64::MAX)
+    }
+}
+
+impl Limiter {
+    /// Whether it counts permits.
+    pub fn is_concurrency(&self) -> bool {
+        matches!(self.settings.limit, Limit::Concurrency(_))
+    }
+
+    /// The calendar's window at this moment, if it is counted in one.
+    pub fn window(&self, now: Moment) -> Option<Window> {
+        self.calendar.as_ref().map(|calendar| calendar.window(now.wall))
     }
 }
 
@@ -127,6 +273,15 @@ impl fmt::Debug for CellId {
 }
 
 impl CellId {
+    /// The cell of the same key under another limit of its policy; in the same shard. The first one's is its
+    /// own.
+    #[must_use]
+    pub fn of_limit(self, index: usize) -> Self {
+        // An odd factor: no two indices meet.
+        let apart = (index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        Self([self.0[0], self.0[1] ^ apart])
+    }
+
     /// The id as it is stored.
     pub fn to_bytes(self) -> [u8; 16] {
         ((u128::from(self.0[0]) << 64) | u128::from(self.0[1])).to_be_bytes()
@@ -168,7 +323,21 @@ impl CellHasher {
         let Hash128 { h1, h2 } = hasher.finish128();
         CellId([h1, h2])
     }
+
+    /// The cell that keys past the policy's budget share; those of an override's prefix have their own.
+    pub fn overflow(&self, prefix: Option<&str>) -> CellId {
+        let mut hasher = self.0;
+        hasher.write(&OVERFLOW.to_le_bytes());
+        if let Some(prefix) = prefix {
+            write_prefixed(&mut hasher, prefix);
+        }
+        let Hash128 { h1, h2 } = hasher.finish128();
+        CellId([h1, h2])
+    }
 }
+
+/// In the place of a key's length: no key has it.
+const OVERFLOW: u64 = u64::MAX;
 
 /// Each part with its length first: `a_b` and `c` is not `a` and `b_c`.
 fn write_prefixed(hasher: &mut SipHasher24, part: &str) {

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use fusebox_core::Time;
+use fusebox_core::{Moment, Time, Wall, saturating_nanos};
 
 /// Both clocks of a machine.
 pub trait Clock: Send + Sync + 'static {
@@ -39,15 +39,6 @@ impl Clock for SystemClock {
     }
 }
 
-/// One moment on both clocks, written with every commit: what a restart resumes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ClockPair {
-    /// Server time.
-    pub server: Time,
-    /// Time since the Unix epoch.
-    pub wall: Duration,
-}
-
 /// Server time: monotonic, and across restarts it goes on by as much as the wall clock did.
 #[derive(Clone)]
 pub struct ServerClock {
@@ -61,19 +52,23 @@ impl ServerClock {
     ///
     /// A wall clock that went back since then counts as one that stood still: rates are late by that much,
     /// never early.
-    pub fn resume(clock: Arc<dyn Clock>, last: Option<ClockPair>) -> Self {
-        let base = last
-            .map_or(Time::ZERO, |last| last.server.after(clock.wall().saturating_sub(last.wall)));
+    pub fn resume(clock: Arc<dyn Clock>, last: Option<Moment>) -> Self {
+        let since = |last: Moment| Duration::from_nanos(wall(&*clock).nanos_since(last.wall));
+        let base = last.map_or(Time::ZERO, |last| last.time.after(since(last)));
         Self { origin: clock.monotonic(), clock, base }
     }
 
     /// Server time now.
-    pub fn now(&self) -> Time {
+    pub fn time(&self) -> Time {
         self.base.after(self.clock.monotonic().saturating_sub(self.origin))
     }
 
-    /// This moment on both clocks.
-    pub fn pair(&self) -> ClockPair {
-        ClockPair { server: self.now(), wall: self.clock.wall() }
+    /// This moment on both clocks. Every commit writes it: a restart resumes from there.
+    pub fn now(&self) -> Moment {
+        Moment { time: self.time(), wall: wall(&*self.clock) }
     }
+}
+
+fn wall(clock: &dyn Clock) -> Wall {
+    Wall::from_nanos(saturating_nanos(clock.wall()))
 }

@@ -1,5 +1,7 @@
 //! The configuration: parsed once, at the edge, into what cannot be wrong.
 
+mod policy;
+
 use std::{
     collections::BTreeMap,
     fmt,
@@ -10,11 +12,11 @@ use std::{
     time::Duration,
 };
 
-use fusebox_core::{Limit, TokenBucket};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_saphyr::{DefaultMessageFormatter, MessageFormatter};
 use thiserror::Error;
 
+pub use self::policy::{Keys, LimitSettings, Override, Policy};
 use crate::limits;
 
 /// Policies by namespace.
@@ -87,15 +89,6 @@ pub struct Namespace {
     /// Policies by name.
     #[serde(default)]
     pub policies: BTreeMap<Name, Policy>,
-}
-
-/// A policy as an operator writes it, its defaults filled in.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "PolicyFields", into = "PolicyFields")]
-pub struct Policy {
-    token_bucket: TokenBucket,
-    max_debt: u64,
-    durability: Option<Durability>,
 }
 
 /// Name of a namespace or a policy: `[a-z][a-z0-9_-]{0,62}`.
@@ -209,18 +202,6 @@ impl Default for Storage {
     }
 }
 
-impl Policy {
-    /// What decides, as its first revision.
-    pub fn settings(&self) -> fusebox_core::Policy {
-        fusebox_core::Policy::new(Limit::TokenBucket(self.token_bucket), self.max_debt)
-    }
-
-    /// What a crash may forget of it, if it says so itself.
-    pub fn durability(&self) -> Option<Durability> {
-        self.durability
-    }
-}
-
 impl Name {
     /// The name as text.
     pub fn as_str(&self) -> &str {
@@ -242,56 +223,6 @@ impl TryFrom<String> for Name {
                 limits::NAME_BYTES - 1
             ))
         }
-    }
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PolicyFields {
-    token_bucket: Option<TokenBucketFields>,
-    /// Tokens that a cell may owe when estimates turn out low; one burst if left out.
-    max_debt: Option<u64>,
-    /// What a crash may forget; as `storage.durability` if left out.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    durability: Option<Durability>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct TokenBucketFields {
-    limit: u64,
-    #[serde(with = "duration")]
-    per: Duration,
-    burst: Option<u64>,
-}
-
-impl TryFrom<PolicyFields> for Policy {
-    type Error = String;
-
-    fn try_from(fields: PolicyFields) -> Result<Self, String> {
-        let PolicyFields { token_bucket, max_debt, durability } = fields;
-        let Some(TokenBucketFields { limit, per, burst }) = token_bucket else {
-            return Err("a policy needs its limiter: `token_bucket`".into());
-        };
-        let burst = burst.unwrap_or(limit);
-        let max_debt = max_debt.unwrap_or(burst);
-        let token_bucket = TokenBucket::new(limit, per, burst)
-            .map_err(|error| format!("`token_bucket`: {error}"))?;
-        if max_debt > limits::TOKENS {
-            return Err(format!("`max_debt` is {max_debt}, above 10^12"));
-        }
-        Ok(Self { token_bucket, max_debt, durability })
-    }
-}
-
-impl From<Policy> for PolicyFields {
-    fn from(Policy { token_bucket, max_debt, durability }: Policy) -> Self {
-        let token_bucket = TokenBucketFields {
-            limit: token_bucket.limit(),
-            per: token_bucket.per(),
-            burst: Some(token_bucket.burst()),
-        };
-        Self { token_bucket: Some(token_bucket), max_debt: Some(max_debt), durability }
     }
 }
 
@@ -426,6 +357,27 @@ mod duration {
 
     pub(super) fn serialize<S: Serializer>(duration: &Duration, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(&shown(*duration))
+    }
+
+    /// One that may be left out.
+    pub(super) mod optional {
+        use super::{Deserializer, Duration, Serializer};
+
+        pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(
+            d: D,
+        ) -> Result<Option<Duration>, D::Error> {
+            super::deserialize(d).map(Some)
+        }
+
+        pub(in crate::config) fn serialize<S: Serializer>(
+            duration: &Option<Duration>,
+            s: S,
+        ) -> Result<S::Ok, S::Error> {
+            match duration {
+                Some(duration) => super::serialize(duration, s),
+                None => s.serialize_none(),
+            }
+        }
     }
 }
 

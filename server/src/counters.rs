@@ -6,13 +6,46 @@ use std::sync::{
 };
 
 use crossbeam_utils::CachePadded;
-use fusebox_core::{Admission, Decision, Reason};
+use fusebox_core::{Admission, Reason, Verdict};
 
 use crate::storage::journal::Stats;
 
-/// What can become of one ask: the decision is the Acquire's, the reason the ask's own.
-pub const DECISION_LABELS: [(&str, &str); 4] =
-    [("allow", ""), ("deny", ""), ("deny", "rate_limited"), ("deny", "blocked")];
+/// What can become of one ask: the decision is the Acquire's, the reason the ask's own. An ask that only
+/// watches has a reason also where its Acquire is allowed.
+pub const DECISION_LABELS: [(&str, &str); 2 * REASONS.len()] = {
+    let mut labels = [("", ""); 2 * REASONS.len()];
+    let mut index = 0;
+    while index < REASONS.len() {
+        labels[index] = ("allow", REASONS[index]);
+        labels[REASONS.len() + index] = ("deny", REASONS[index]);
+        index += 1;
+    }
+    labels
+};
+
+const REASONS: [&str; 7] = [
+    "",
+    "rate_limited",
+    "concurrency_limited",
+    "retry_budget_exhausted",
+    "reserved_for_priority",
+    "overflow_bucket",
+    "blocked",
+];
+
+fn index_of(admission: Admission) -> usize {
+    match admission {
+        Admission::Allow => 0,
+        Admission::Deny { reason, .. } => match reason {
+            Reason::RateLimited => 1,
+            Reason::ConcurrencyLimited => 2,
+            Reason::RetryBudgetExhausted => 3,
+            Reason::ReservedForPriority => 4,
+            Reason::OverflowBucket => 5,
+            Reason::Blocked => 6,
+        },
+    }
+}
 
 /// Decisions of one policy.
 #[derive(Debug, Default)]
@@ -22,15 +55,10 @@ pub struct Decisions {
 }
 
 impl Decisions {
-    /// Counts what became of one ask of `decision`.
-    pub fn count(&self, decision: &Decision, ask: Admission) {
-        let index = match ask {
-            _ if decision.allowed => 0,
-            Admission::Allow => 1,
-            Admission::Deny { reason: Reason::RateLimited, .. } => 2,
-            Admission::Deny { reason: Reason::Blocked, .. } => 3,
-        };
-        self.counts[index].fetch_add(1, Ordering::Relaxed);
+    /// Counts what became of one ask of an Acquire.
+    pub fn count(&self, allowed: bool, verdict: &Verdict) {
+        let deny = if allowed { 0 } else { REASONS.len() };
+        self.counts[deny + index_of(verdict.admission)].fetch_add(1, Ordering::Relaxed);
     }
 
     /// Counts tokens of debt that were forgiven, because the cell owed as much as it may.
@@ -47,17 +75,6 @@ impl Decisions {
     pub fn debt_dropped(&self) -> u64 {
         self.debt_dropped.load(Ordering::Relaxed)
     }
-}
-
-/// Outcomes of reports by their result.
-#[derive(Debug, Default)]
-pub struct Reports {
-    /// Settled a grant.
-    pub applied: AtomicU64,
-    /// Came again.
-    pub duplicate: AtomicU64,
-    /// Named no open grant.
-    pub unknown_grant: AtomicU64,
 }
 
 /// What the writer does.

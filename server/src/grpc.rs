@@ -77,13 +77,11 @@ impl Resilience for Service {
         request: Request<ReportRequest>,
     ) -> Result<Response<ReportResponse>, Status> {
         let (app, caller) = self.arrive()?;
-        let request = request.get_ref();
-        let outcomes = parse::report(request)?;
-        let results = app
-            .report(caller, &request.namespace, &outcomes)
-            .await
-            .map_err(|error| status::report(&error))?;
-        Ok(Response::new(respond::reported(&results)))
+        let request = request.into_inner();
+        let report = parse::report(&request)?;
+        let reported = app.report(caller, &report).await;
+        let (results, renewed) = reported.map_err(|error| status::report(&error))?;
+        Ok(Response::new(respond::reported(&results, &renewed, request.renew_grant_ids)))
     }
 }
 

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 /// Asks in one Acquire: what one call can reasonably be subject to.
-pub const ASKS: usize = fusebox_core::MAX_RULES;
+pub const ASKS: usize = 16;
 
 /// Acquires in one batch: a millisecond or so of work, so that no batch holds up its neighbours.
 pub const BATCH_REQUESTS: usize = 1_000;
@@ -28,6 +28,9 @@ pub const KEY_BYTES: usize = 256;
 
 /// Bytes of the name of a namespace or policy: a DNS label, so that it fits metric labels and file names.
 pub const NAME_BYTES: usize = 63;
+
+/// Bytes of each name that a client gives itself.
+pub const CLIENT_BYTES: usize = 128;
 
 /// Bytes of a caller's own text that an error repeats to it.
 pub const ECHOED_BYTES: usize = 64;
@@ -58,8 +61,8 @@ pub const CELL_SHARDS: usize = 256;
 /// Shards of the open grants, a power of two, as above.
 pub const GRANT_SHARDS: usize = 16;
 
-/// Live cells: at 80 bytes and some for finding them, about 1 GB. Past it new keys are refused with
-/// `RESOURCE_EXHAUSTED`; those that live are served on.
+/// Live cells of all policies: at 88 bytes and some for finding them, about 1.2 GB. Past it new keys share the
+/// overflow cells of their policies; those that live are served on.
 pub const CELLS: usize = 10_000_000;
 
 /// Open grants: about 150 MB. Past it estimated asks are refused with `RESOURCE_EXHAUSTED`.
@@ -154,9 +157,28 @@ pub const ROTATION_BYTES: u64 = 64 * 1024 * 1024;
 /// Bytes of a live record, roughly: 17 of its key, up to 50 of its value, and what sled adds.
 pub const RECORD_BYTES: u64 = 96;
 
-/// Pause between two rounds of housekeeping. A round sweeps one shard of the cells, 40,000 at most if all
-/// are live, and takes some expired grants; all shards are swept in 13 s.
+/// Pause between two rounds of housekeeping. A round sweeps one shard of the cells, and takes some expired
+/// grants; all shards are swept in 13 s, or in 26 if ten million cells are live.
 pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Cells that a round of housekeeping looks at, at most: a millisecond of work.
+pub const SWEPT_PER_ROUND: u32 = 20_480;
+
+/// Cells that housekeeping looks at under one lock: some tens of microseconds, which is what it may hold up a
+/// call.
+pub const SWEPT_AT_ONCE: u32 = 512;
+
+/// How far the wall clock may step back without a fixed window being granted twice.
+pub const WALL_STEP: Duration = Duration::from_secs(60 * 60);
+
+/// Limits of one policy on one key: a second, a minute, a day and a month.
+pub const LIMITS: usize = 4;
+
+/// Overrides of one policy: each has settings of its own, and they are looked up by hash or by prefix.
+pub const OVERRIDES: usize = 1_000;
+
+/// Overrides by prefix of one policy: they are looked at one by one.
+pub const PREFIXES: usize = 32;
 
 /// Expired grants taken in one round of housekeeping from each shard.
 pub const EXPIRED_PER_ROUND: usize = 1_024;
@@ -164,3 +186,27 @@ pub const EXPIRED_PER_ROUND: usize = 1_024;
 /// Memory that sled may use as a cache. It takes what it needs, 200 MB for a million records; where that is
 /// more than it may, it writes half as fast.
 pub const SLED_CACHE_BYTES: u64 = 512 * 1024 * 1024;
+
+/// Cells of a policy that does not say: a million keys, a tenth of what a server holds.
+pub const POLICY_CELLS: usize = 1_000_000;
+
+/// Life of a lease of a policy that does not say, and what a policy may say: long enough that few calls ask,
+/// short enough that what a dead client held is back soon.
+pub const LEASE_TIME: Duration = Duration::from_secs(1);
+/// See [`LEASE_TIME`].
+pub const LEASE_TIMES: std::ops::RangeInclusive<Duration> =
+    Duration::from_millis(100)..=Duration::from_secs(60);
+
+/// Callers that stand in line at one key of a policy that does not say, and what a policy may say.
+pub const WAITING_AT_KEY: usize = 1_000;
+/// See [`WAITING_AT_KEY`].
+pub const WAITING_AT_KEY_MOST: usize = 10_000;
+
+/// Shortest window that is leased from: an hour. A lease ends with its window.
+pub const LEASED_WINDOW: Duration = Duration::from_secs(60 * 60);
+
+/// Clients that lease, by cell: about 10 MB. Past it nothing is leased to new ones.
+pub const LESSEES: usize = 100_000;
+
+/// Pause between two looks at which of them have not asked for a while.
+pub const LESSEES_TENDED: Duration = Duration::from_secs(10);

@@ -27,7 +27,7 @@ use tonic_health::{
 
 use crate::{
     accept::{self, Port},
-    app::App,
+    app::{App, Life},
     clock::Clock,
     config::{Durability, Namespaces},
     entropy::Entropy,
@@ -134,7 +134,8 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
         ops.close(Duration::ZERO).await;
         return recovered.map(|_| ());
     };
-    let storage::Recovered { catalogue, cells, grants, writer, clock, boot, clean } = recovered;
+    let storage::Recovered { catalogue, cells, grants, writer, clock, boot, secret, clean } =
+        recovered;
     if !clean {
         tracing::warn!(
             "the last stop was not clean: keys of policies that fill within {:?} start empty",
@@ -155,8 +156,7 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
         Arc::clone(&cells) as Arc<_>,
         clock,
         parts.entropy,
-        boot,
-        grants,
+        Life { boot, secret, open: grants },
     ));
     let writer = WriterThread::spawn(writer).map_err(internal)?;
     lifecycle.recovered(Arc::clone(&app), disk);
@@ -210,7 +210,7 @@ async fn tend_until(
             () = &mut failed => break,
             _ = rounds.tick() => {
                 // It fails only where the writer has failed, and the writer tells us itself.
-                let _ = app.tend().await;
+                let _ = app.tend();
             }
         }
     }

@@ -10,7 +10,8 @@ mod recovery;
 mod table;
 mod writer;
 
-use fusebox_core::{Cell, Charging, Cost, Decision, Policy, Settled, Time};
+use arrayvec::ArrayVec;
+use fusebox_core::{Ask, Cell, Charging, Decision, MAX_RULES, Moment, Settled, Time};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
@@ -21,7 +22,7 @@ pub use self::{
 };
 use crate::{
     app::GrantId,
-    catalogue::{Catalogue, CellId, PolicyNumber},
+    catalogue::{Catalogue, CellId, Limiter, LimiterNumber},
     reservation::Reservation,
 };
 
@@ -30,7 +31,7 @@ pub trait Storage: Send + Sync + 'static {
     /// Decides over all asks of `charge` together, and charges their cells. What needs room takes it of
     /// `room`, which was [reserved](Self::reserve) for it; without it, there must be room now.
     ///
-    /// The decision is written to `decision`, because it is a kilobyte that nobody should move around.
+    /// What is decided is written to `decided`, because it is some kilobytes that nobody should move around.
     ///
     /// # Errors
     /// If nothing could be decided; then nothing was charged.
@@ -38,28 +39,43 @@ pub trait Storage: Send + Sync + 'static {
         &self,
         charge: &Charge<'_>,
         room: Option<&mut Room>,
-        now: Time,
-        decision: &mut Decision,
+        now: Moment,
+        decided: &mut Decided,
     ) -> Result<Answer<()>, StorageError>;
 
-    /// Corrects the charge of an estimate by what it really cost.
+    /// Corrects the charge of a grant by what is known of it now.
     ///
     /// # Errors
     /// If the cell could not be changed.
     fn settle(
         &self,
         settlement: &Settlement<'_>,
-        now: Time,
+        now: Moment,
     ) -> Result<Answer<Settled<Cell>>, StorageError>;
 
-    /// Makes sure of room for all that `asks` may create or queue, so that none fails for want of it.
+    /// Changes the cell of a limiter as `change` says, if it is there and `change` wants to; whether it did.
     ///
     /// # Errors
-    /// [`StorageError::Full`] or [`StorageError::Behind`].
+    /// If the cell could not be changed.
+    fn change(
+        &self,
+        cell: CellId,
+        judge: Judge<'_>,
+        change: &mut dyn FnMut(Cell) -> Option<Cell>,
+        now: Moment,
+    ) -> Result<Answer<bool>, StorageError>;
+
+    /// The cell, in the terms of the limiter, if it is there.
+    fn look(&self, cell: CellId, judge: Judge<'_>, now: Moment) -> Option<Cell>;
+
+    /// Makes sure of room for all marks that `asks` may queue, so that none fails for want of it.
+    ///
+    /// # Errors
+    /// [`StorageError::Behind`].
     fn reserve(&self, asks: &[CellAsk<'_>]) -> Result<Room, StorageError>;
 
     /// One bounded round of housekeeping: drops some of the cells that are full, which is the same as none.
-    fn tend(&self, catalogue: &Catalogue, now: Time);
+    fn tend(&self, catalogue: &Catalogue, now: Moment);
 
     /// Cells that live now.
     fn live(&self) -> usize;
@@ -108,10 +124,9 @@ impl<T> Answer<T> {
     }
 }
 
-/// Room that charges have for themselves.
+/// Room in the queue of the disk that charges have for themselves.
 #[derive(Debug)]
 pub struct Room {
-    cells: Reservation,
     marks: Reservation,
 }
 
@@ -131,8 +146,10 @@ pub enum Keeping {
 pub struct Charge<'a> {
     /// What to charge when not all allow.
     pub charging: Charging,
-    /// What is asked, 1 to 16.
+    /// What is asked, 1 to 64.
     pub asks: &'a [CellAsk<'a>],
+    /// The policies in force.
+    pub catalogue: &'a Catalogue,
 }
 
 /// One ask and the cell that it charges.
@@ -140,54 +157,110 @@ pub struct Charge<'a> {
 pub struct CellAsk<'a> {
     /// The cell.
     pub cell: CellId,
-    /// What the cell calls its policy.
-    pub number: PolicyNumber,
+    /// The cell to charge instead if the policy has no room for another one.
+    pub overflow: Option<CellId>,
     /// Who judges.
-    pub policy: &'a Policy,
-    /// How it is kept.
-    pub keeping: Keeping,
-    /// What it costs.
-    pub cost: Cost,
+    pub limiter: &'a Limiter,
+    /// What is asked.
+    pub ask: Ask,
+    /// It only watches.
+    pub shadow: bool,
 }
 
-/// The true cost of an estimate.
+/// What became of a [`Charge`].
+#[derive(Debug, Default)]
+pub struct Decided {
+    /// The decision, with a verdict for each ask.
+    pub decision: Decision,
+    /// What each ask charges, if it is allowed.
+    pub charged: ArrayVec<Charged, MAX_RULES>,
+}
+
+/// Where a charge is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Charged {
+    /// The cell, which may be one that many keys share.
+    pub cell: CellId,
+    /// The part of its time.
+    pub slice: u64,
+}
+
+/// The limiter that a cell is held against, and where to find the one that it was counted by.
+#[derive(Clone, Copy, Debug)]
+pub struct Judge<'a> {
+    /// Who judges.
+    pub limiter: &'a Limiter,
+    /// The policies in force.
+    pub catalogue: &'a Catalogue,
+}
+
+/// What is known of a charge.
 #[derive(Clone, Copy, Debug)]
 pub struct Settlement<'a> {
     /// The cell that was charged.
     pub cell: CellId,
-    /// What the cell calls its policy.
-    pub number: PolicyNumber,
-    /// Who judged.
-    pub policy: &'a Policy,
-    /// How it is kept.
-    pub keeping: Keeping,
-    /// Tokens that were charged.
-    pub charged: u64,
-    /// Tokens that the call really cost.
-    pub actual: u64,
+    /// Who judged, as it is now.
+    pub judge: Judge<'a>,
+    /// The revision of it that was charged under.
+    pub revision: u32,
+    /// What is known.
+    pub known: fusebox_core::Settlement,
 }
 
 /// A grant that is open at a clean stop, and goes on at the next start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenGrant {
     /// Names it.
     pub id: GrantId,
-    /// The policy that was asked.
-    pub number: PolicyNumber,
+    /// The client that it was given to; empty if it did not say.
+    pub client: String,
+    /// What it holds.
+    pub parts: Vec<OpenPart>,
+}
+
+/// What an open grant holds of one cell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenPart {
+    /// What it holds.
+    pub holds: Holds,
+    /// The limiter that was asked.
+    pub number: LimiterNumber,
+    /// Its revision then.
+    pub revision: u32,
     /// The cell that was charged.
     pub cell: CellId,
+    /// The part of its time.
+    pub slice: u64,
     /// Tokens that were charged.
-    pub amount: u64,
+    pub charged: u64,
+    /// Tokens that the call is known to have cost so far.
+    pub told: u64,
     /// When it settles by itself.
     pub expires_at: Time,
+}
+
+/// What a part of a grant holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holds {
+    /// Tokens that may turn out to be fewer or more.
+    Estimate,
+    /// Tokens that a client spends when it likes.
+    Lease,
+    /// Permits.
+    Permit,
+}
+
+impl OpenPart {
+    /// Tokens of the cell that may still come back.
+    #[must_use]
+    pub const fn out(&self) -> u64 {
+        self.charged.saturating_sub(self.told)
+    }
 }
 
 /// Why nothing could be decided.
 #[derive(Clone, Debug, Error)]
 pub enum StorageError {
-    /// No room for another cell.
-    #[error("{0} keys are live, as many as this server holds; wait until idle ones have left")]
-    Full(usize),
     /// No room for another mark in the queue of the disk.
     #[error("{0} charges wait for the disk, as many as this server holds; try again soon")]
     Behind(usize),

@@ -4,10 +4,10 @@ use core::time::Duration;
 
 use arrayvec::ArrayVec;
 
-use crate::{Admission, Cell, Cost, Kind, Level, Policy, Settled, Settlement, Time};
+use crate::{Admission, Ask, Cell, Kind, Level, Moment, Policy, Reason, Settled, Settlement};
 
-/// Most rules that one decision takes: as many as an Acquire has asks.
-pub const MAX_RULES: usize = 16;
+/// Most rules that one decision takes: 16 asks of policies with four limits each.
+pub const MAX_RULES: usize = 64;
 
 /// The rules of one decision.
 pub type Rules<'a> = ArrayVec<Rule<'a>, MAX_RULES>;
@@ -18,15 +18,19 @@ pub type Cells = ArrayVec<Option<Cell>, MAX_RULES>;
 /// The verdicts of one decision, in the order of its rules.
 pub type Verdicts = ArrayVec<Verdict, MAX_RULES>;
 
-/// One cost, the policy that judges it and the cell that it charges.
+/// One ask, the policy that judges it and the cell that it charges.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule<'a> {
     /// Index of the cell. Two rules may name the same: the later one sees what the earlier one charges.
     pub cell: usize,
     /// Who judges.
     pub policy: &'a Policy,
-    /// What it costs.
-    pub cost: Cost,
+    /// What is asked.
+    pub ask: Ask,
+    /// It only watches: it is charged with the others, and never denies.
+    pub shadow: bool,
+    /// The cell is shared by keys that have none of their own, and a denial says so.
+    pub overflow: bool,
 }
 
 /// What is charged when not every rule allows.
@@ -47,21 +51,61 @@ pub struct Verdict {
     pub cost: u64,
     /// Whether the rule alone allows.
     pub admission: Admission,
-    /// Most tokens that could ever be granted at once.
+    /// It only watches: what it says denies nothing.
+    pub shadow: bool,
+    /// Most tokens that this caller could ever be granted at once.
     pub limit: u64,
     /// Whole tokens left, after what was charged.
     pub remaining: u64,
     /// Time until the cell is full if nobody charges it, after what was charged.
     pub reset_after: Duration,
+    /// Tokens that were charged if the Acquire was allowed; of a lease maybe fewer than were wanted.
+    pub granted: u64,
+    /// The part of the cell's time that was charged, which a later settlement names.
+    pub slice: u64,
 }
 
 /// The answer of all rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Decision {
-    /// Whether every rule allows.
+    /// Whether every rule allows that does not only watch.
     pub allowed: bool,
     /// One for each rule, in their order.
     pub verdicts: Verdicts,
+}
+
+impl Decision {
+    /// Leaves one verdict for each ask, of which the first `ends[0]` rules are the first one's, and so on: that
+    /// of the tightest rule.
+    ///
+    /// # Panics
+    /// If there are fewer verdicts than the last end.
+    pub fn merge(&mut self, ends: &[usize]) {
+        let mut start = 0;
+        for (ask, end) in ends.iter().enumerate() {
+            let rules = &self.verdicts[start..*end];
+            let tightest = rules.iter().copied().reduce(tighter);
+            if let Some(tightest) = tightest {
+                self.verdicts[ask] = tightest;
+            }
+            start = *end;
+        }
+        self.verdicts.truncate(ends.len());
+    }
+}
+
+/// Of two verdicts about one ask the one that binds: a denial, the one that lasts longer, the one that leaves
+/// less.
+fn tighter(one: Verdict, other: Verdict) -> Verdict {
+    let wait = |verdict: &Verdict| match verdict.admission {
+        Admission::Allow => Duration::ZERO,
+        Admission::Deny { retry_after, .. } => retry_after.unwrap_or(Duration::MAX),
+    };
+    let key = |verdict: &Verdict| {
+        let denied = verdict.admission != Admission::Allow;
+        (denied, wait(verdict), core::cmp::Reverse(verdict.remaining))
+    };
+    if key(&other) > key(&one) { other } else { one }
 }
 
 /// Decides over all rules, and charges `cells` as `charging` says.
@@ -75,7 +119,7 @@ pub fn apply(
     rules: &[Rule<'_>],
     charging: Charging,
     cells: &mut [Option<Cell>],
-    now: Time,
+    now: Moment,
 ) -> Decision {
     let mut decision = Decision::default();
     apply_to(&mut decision, rules, charging, cells, now);
@@ -91,7 +135,7 @@ pub fn apply_to(
     rules: &[Rule<'_>],
     charging: Charging,
     cells: &mut [Option<Cell>],
-    now: Time,
+    now: Moment,
 ) {
     decision.allowed = true;
     decision.verdicts.clear();
@@ -101,20 +145,23 @@ pub fn apply_to(
     for rule in rules {
         let cell = &mut planned[rule.cell];
         let state = rule.policy.state(*cell);
-        let plan = rule.policy.limit.plan(state, rule.cost, now);
+        let plan = rule.policy.limit.plan(state, rule.ask, now);
         let allows = plan.admission == Admission::Allow;
-        decision.allowed &= allows;
+        decision.allowed &= allows || rule.shadow;
         let charge = allows || charging == Charging::Always;
         if charge && plan.charged != state {
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
         }
         let Level { remaining, reset_after } = if charge { plan.after } else { plan.before };
         decision.verdicts.push(Verdict {
-            cost: rule.cost.tokens,
-            admission: plan.admission,
+            cost: rule.ask.tokens,
+            admission: told(plan.admission, rule),
+            shadow: rule.shadow,
             limit: plan.limit,
             remaining,
             reset_after,
+            granted: plan.granted,
+            slice: plan.slice,
         });
     }
 
@@ -127,34 +174,50 @@ pub fn apply_to(
 
 /// Nothing was charged, so each verdict tells its cell as it still is; a denial tells the wait for all that
 /// is asked of the cell, as only all of it would be charged.
-fn tell_uncharged(verdicts: &mut [Verdict], rules: &[Rule<'_>], cells: &[Option<Cell>], now: Time) {
+fn tell_uncharged(
+    verdicts: &mut [Verdict],
+    rules: &[Rule<'_>],
+    cells: &[Option<Cell>],
+    now: Moment,
+) {
     for (index, (rule, verdict)) in rules.iter().zip(verdicts).enumerate() {
         let same_cell = rules[..=index].iter().filter(|other| other.cell == rule.cell);
-        let cost = same_cell.fold(0, |cost: u64, other| cost.saturating_add(other.cost.tokens));
+        let tokens = same_cell.fold(0, |sum: u64, other| sum.saturating_add(other.ask.tokens));
         let state = rule.policy.state(cells[rule.cell]);
-        let plan = rule.policy.limit.plan(state, Cost { tokens: cost, estimated: false }, now);
+        let plan = rule.policy.limit.plan(state, Ask { tokens, ..rule.ask }, now);
         let Level { remaining, reset_after } = plan.before;
         (verdict.remaining, verdict.reset_after) = (remaining, reset_after);
         if verdict.admission != Admission::Allow {
-            verdict.admission = plan.admission;
+            verdict.admission = told(plan.admission, rule);
         }
     }
 }
 
-/// Corrects the charge of an estimate by what the call really cost.
+/// What is told of a rule's answer: whoever shares a cell must know that it is not the key's own.
+fn told(admission: Admission, rule: &Rule<'_>) -> Admission {
+    match admission {
+        Admission::Deny {
+            reason: Reason::RateLimited | Reason::ConcurrencyLimited,
+            retry_after,
+        } if rule.overflow => Admission::Deny { reason: Reason::OverflowBucket, retry_after },
+        admission => admission,
+    }
+}
+
+/// Corrects a charge by what is known of it now.
 ///
 /// The tokens refunded, owed or dropped are told; the cell's state is replaced.
 pub fn settle(
     policy: &Policy,
     cell: &mut Option<Cell>,
-    charged: u64,
-    actual: u64,
-    now: Time,
+    settlement: Settlement,
+    now: Moment,
 ) -> Settled<Cell> {
-    let settlement = Settlement { charged, actual, max_debt: policy.max_debt };
     let state = policy.state(*cell);
     let settled = policy.limit.settle(state, settlement, now);
-    *cell = settled.state.map(|state| Cell { revision: policy.revision, state });
+    if settled.state != state {
+        *cell = settled.state.map(|state| Cell { revision: policy.revision, state });
+    }
     Settled {
         state: *cell,
         refunded: settled.refunded,

@@ -1,83 +1,165 @@
-//! What a kind of limiter must know.
+//! What a kind of limiter must know, and what all of them speak of.
 
 use core::time::Duration;
 
-use crate::{
-    Time,
-    token_bucket::{self, TokenBucket},
-};
+use crate::{Moment, Time, Window};
 
 /// What a limiter must know for its cells to be decided, stored and recovered.
 ///
 /// An absent state means a full one everywhere: a cell that nobody charged needs no memory.
 pub trait Kind: Sized {
     /// What one cell remembers.
-    type State: Copy + From<Self::Mark>;
-
-    /// What is kept of a cell on disk while it lives: an upper bound of what it has spent. Made of a state
-    /// alone, it covers that and nothing more.
-    type Mark: Copy + From<Self::State>;
+    type State: Copy + PartialEq;
 
     /// Most that an ask could ever be granted at once. More is never possible; 0 blocks all.
     fn capacity(&self) -> u64;
 
     /// Decides one ask, and says what the cell would be after it.
-    fn plan(&self, state: Option<Self::State>, cost: Cost, now: Time) -> Plan<Self::State>;
+    fn plan(&self, state: Option<Self::State>, ask: Ask, now: Moment) -> Plan<Self::State>;
 
-    /// Corrects a charge by what it really cost.
+    /// Corrects a charge by what is known of it now.
     fn settle(
         &self,
         state: Option<Self::State>,
         settlement: Settlement,
-        now: Time,
+        now: Moment,
     ) -> Settled<Self::State>;
 
     /// A mark that covers `state`, and the next `step` tokens if they are charged at once.
     ///
     /// As time refills it, it covers less: [`covers`](Self::covers) tells.
-    fn mark(&self, state: Self::State, step: u64) -> Self::Mark;
+    fn mark(&self, state: Self::State, step: u64, now: Moment) -> Mark;
 
     /// The longest step of a mark: what a crash may take from one cell.
     fn max_step(&self) -> u64;
 
-    /// Whether recovering from `mark` instead of `state` admits nothing that `state` would not.
-    fn covers(&self, mark: Self::Mark, state: Self::State) -> bool;
+    /// Whether recovering from `mark` instead of `after` admits nothing that `after` would not. The mark
+    /// was made of `before`, or of a state that became it without leaving its slice.
+    fn covers(&self, mark: Mark, before: Self::State, after: Self::State) -> bool;
 
-    /// The state to go on with after a restart at `now`, when `state` is all that is left.
-    fn revive(&self, state: Self::State, now: Time) -> Self::State;
+    /// The state to go on with after a restart at `now`, when `state` is all that is left. Of what it had
+    /// spent, `held` belongs to grants that go on.
+    fn revive(&self, state: Self::State, held: u64, now: Moment) -> Self::State;
 
-    /// A state with nothing left in it, but no debt.
-    fn empty(&self, at: Time) -> Self::State;
+    /// Tokens that cannot be had now, because somebody had them before.
+    fn spent(&self, state: Self::State, now: Moment) -> u64;
 
-    /// Time in which an empty cell fills; `None` if it never does.
+    /// A state in which so many tokens have just been spent.
+    fn having_spent(&self, tokens: u64, at: Moment) -> Self::State;
+
+    /// Time in which an empty cell fills; `None` if it never does by time alone.
     fn fills_in(&self) -> Option<Duration>;
 
-    /// When the cell will be full, and so may leave memory and disk; `None` while something is owed to it.
-    fn full_at(&self, state: Self::State) -> Option<Time>;
+    /// When the cell will be full, or has been, and so may leave memory and disk; `None` while something is
+    /// owed to it.
+    fn full_at(&self, state: Self::State, now: Moment) -> Option<Time>;
 
     /// `state`, counted under `older` until `at`, in the terms of these settings. What was spent stays
     /// spent; under settings that nobody remembers (`None`) nothing is refilled.
-    fn rebase(&self, state: Self::State, older: Option<&Self>, at: Time) -> Self::State;
+    fn rebase(&self, state: Self::State, older: Option<&Self>, at: Moment) -> Self::State;
 }
 
 /// What one ask wants of one cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cost {
+pub struct Ask {
     /// Tokens to charge; 0 is a peek.
     pub tokens: u64,
-    /// They are an estimate, to be settled later.
-    pub estimated: bool,
+    /// What they are for.
+    pub purpose: Purpose,
+    /// Tokens of the capacity that this caller must leave to others.
+    pub reserved: u64,
+    /// The call is a retry: it withdraws from retry budgets, where a first one deposits.
+    pub retry: bool,
+    /// The calendar's window at this moment, for limiters that are counted in one.
+    pub window: Option<Window>,
 }
 
-/// What a charge really cost.
+impl Ask {
+    /// To spend so many tokens, now and for good; 0 is a peek.
+    #[must_use]
+    pub const fn spend(tokens: u64) -> Self {
+        Self { tokens, purpose: Purpose::Spend, reserved: 0, retry: false, window: None }
+    }
+
+    /// The same, for another purpose.
+    #[must_use]
+    pub const fn to(self, purpose: Purpose) -> Self {
+        Self { purpose, ..self }
+    }
+}
+
+/// What tokens are charged for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be spent at once: none comes back.
+    Spend,
+    /// As an estimate, to be settled later.
+    Estimate,
+    /// To be spent later by a client that holds them until then. It is never denied: it gets a share of what
+    /// is there, up to what it wants, so that as many clients can have as much, and again.
+    Lease {
+        /// How many clients share.
+        clients: u32,
+    },
+}
+
+impl Ask {
+    /// Tokens to charge of a cell that has `left`; a lease takes no more than its share.
+    pub(crate) fn granted_of(&self, left: u64) -> u64 {
+        match self.purpose {
+            Purpose::Spend | Purpose::Estimate => self.tokens,
+            Purpose::Lease { clients } => {
+                let share = left.saturating_sub(self.reserved) / (2 * u64::from(clients.max(1)));
+                self.tokens.min(share)
+            }
+        }
+    }
+}
+
+/// What is known of a charge that was made for a grant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settlement {
-    /// Tokens charged as an estimate.
+    /// Tokens that were charged when the grant was given.
     pub charged: u64,
-    /// Tokens that the call really cost.
+    /// Tokens that the call was known to have cost before; 0 if nothing was known.
+    pub told: u64,
+    /// Tokens that it is known to have cost now, at least `told`.
     pub actual: u64,
-    /// Most tokens that a cell may owe beyond an empty bucket.
+    /// More will follow: nothing is given back yet.
+    pub partial: bool,
+    /// The [slice](Plan::slice) that was charged, if these are the settings that it was charged under.
+    pub slice: Option<u64>,
+    /// The calendar's window at this moment, for limiters that are counted in one.
+    pub window: Option<Window>,
+    /// Most tokens that a cell may owe beyond an empty one.
     pub max_debt: u64,
+}
+
+impl Settlement {
+    /// Tokens that may still come back before it.
+    #[must_use]
+    pub const fn out_before(&self) -> u64 {
+        self.charged.saturating_sub(self.told)
+    }
+
+    /// Tokens that may still come back after it.
+    #[must_use]
+    pub const fn out_after(&self) -> u64 {
+        if self.partial { self.charged.saturating_sub(self.actual) } else { 0 }
+    }
+
+    /// Tokens that it gives back.
+    #[must_use]
+    pub const fn refund(&self) -> u64 {
+        if self.partial { 0 } else { self.charged.saturating_sub(self.actual) }
+    }
+
+    /// Tokens that it charges on top.
+    #[must_use]
+    pub const fn excess(&self) -> u64 {
+        let known = if self.told > self.charged { self.told } else { self.charged };
+        self.actual.saturating_sub(known)
+    }
 }
 
 /// What a settlement did.
@@ -98,7 +180,7 @@ pub struct Settled<S> {
 pub struct Plan<S> {
     /// The answer.
     pub admission: Admission,
-    /// Most tokens that could ever be granted at once.
+    /// Most tokens that this caller could ever be granted at once.
     pub limit: u64,
     /// The cell as it is.
     pub before: Level,
@@ -107,12 +189,16 @@ pub struct Plan<S> {
     /// The state after the charge: of a denied ask, with the cell drained; `None` if there is nothing to
     /// store.
     pub charged: Option<S>,
+    /// Tokens that are charged if it is allowed: of a lease maybe fewer than were wanted.
+    pub granted: u64,
+    /// The part of the cell's time that is charged, which a later settlement names; 0 where there is one.
+    pub slice: u64,
 }
 
 /// How full a cell is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Level {
-    /// Whole tokens that could be charged now.
+    /// Whole tokens that this caller could be charged now.
     pub remaining: u64,
     /// Time until the cell is full if nobody charges it.
     pub reset_after: Duration,
@@ -127,7 +213,8 @@ pub enum Admission {
     Deny {
         /// Why.
         reason: Reason,
-        /// Time after which a lone caller would be allowed; `None` if waiting does not mend it.
+        /// Time after which a lone caller would be allowed; `None` if nobody knows, or waiting does not mend
+        /// it.
         retry_after: Option<Duration>,
     },
 }
@@ -137,146 +224,41 @@ pub enum Admission {
 pub enum Reason {
     /// The rate is used up.
     RateLimited,
+    /// All permits are held.
+    ConcurrencyLimited,
+    /// The retries that the requests pay for are used up.
+    RetryBudgetExhausted,
+    /// What is left is reserved for a higher priority.
+    ReservedForPriority,
+    /// The policy has more keys than its budget; those past it share one cell, which is used up.
+    OverflowBucket,
     /// The policy denies all: its limit is 0.
     Blocked,
 }
 
-/// The settings of one limiter, of any kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Limit {
-    /// A token bucket.
-    TokenBucket(TokenBucket),
+/// What is kept on disk of one living cell besides its state: an upper bound of what it spends until the next
+/// one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mark {
+    /// Whole tokens that are spent, or may be by the time that a crash asks; of a cell with slices, in the
+    /// newest one.
+    pub spent: u64,
+    /// When this was true.
+    pub at: Time,
 }
 
-/// What one cell remembers, of any kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    /// A token bucket's.
-    TokenBucket(token_bucket::State),
-}
-
-/// What is kept on disk of one living cell, of any kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mark {
-    /// A token bucket's.
-    TokenBucket(token_bucket::Mark),
-}
-
-impl State {
-    /// Tokens that may still come back: those of open estimates.
-    #[must_use]
-    pub const fn out(&self) -> u64 {
-        let Self::TokenBucket(state) = self;
-        state.out
+/// Whether so many tokens can be had of a cell that has `left`, of which `reserved` are kept from this
+/// caller.
+pub(crate) fn admit(
+    tokens: u64,
+    left: u64,
+    reserved: u64,
+    reason: Reason,
+    retry_after: impl FnOnce() -> Option<Duration>,
+) -> Admission {
+    if tokens <= left.saturating_sub(reserved) {
+        return Admission::Allow;
     }
-
-    /// The state with so many of its spent tokens out.
-    #[must_use]
-    pub fn with_out(self, out: u64) -> Self {
-        let Self::TokenBucket(state) = self;
-        Self::TokenBucket(token_bucket::State { out: out.min(state.spent), ..state })
-    }
-}
-
-impl Mark {
-    /// When the mark was made.
-    #[must_use]
-    pub const fn at(&self) -> Time {
-        let Self::TokenBucket(mark) = self;
-        mark.at
-    }
-}
-
-impl From<State> for Mark {
-    fn from(state: State) -> Self {
-        let State::TokenBucket(state) = state;
-        Self::TokenBucket(state.into())
-    }
-}
-
-impl From<Mark> for State {
-    fn from(mark: Mark) -> Self {
-        let Mark::TokenBucket(mark) = mark;
-        Self::TokenBucket(mark.into())
-    }
-}
-
-impl Kind for Limit {
-    type State = State;
-    type Mark = Mark;
-
-    fn capacity(&self) -> u64 {
-        let Self::TokenBucket(bucket) = self;
-        bucket.capacity()
-    }
-
-    #[inline]
-    fn plan(&self, state: Option<State>, cost: Cost, now: Time) -> Plan<State> {
-        let Self::TokenBucket(bucket) = self;
-        let plan = bucket.plan(state.map(token_bucket), cost, now);
-        Plan {
-            admission: plan.admission,
-            limit: plan.limit,
-            before: plan.before,
-            after: plan.after,
-            charged: plan.charged.map(State::TokenBucket),
-        }
-    }
-
-    fn settle(&self, state: Option<State>, settlement: Settlement, now: Time) -> Settled<State> {
-        let Self::TokenBucket(bucket) = self;
-        let settled = bucket.settle(state.map(token_bucket), settlement, now);
-        Settled {
-            state: settled.state.map(State::TokenBucket),
-            refunded: settled.refunded,
-            owed: settled.owed,
-            dropped: settled.dropped,
-        }
-    }
-
-    fn mark(&self, state: State, step: u64) -> Mark {
-        let Self::TokenBucket(bucket) = self;
-        Mark::TokenBucket(bucket.mark(token_bucket(state), step))
-    }
-
-    fn max_step(&self) -> u64 {
-        let Self::TokenBucket(bucket) = self;
-        bucket.max_step()
-    }
-
-    fn covers(&self, mark: Mark, state: State) -> bool {
-        let (Self::TokenBucket(bucket), Mark::TokenBucket(mark)) = (self, mark);
-        bucket.covers(mark, token_bucket(state))
-    }
-
-    fn revive(&self, state: State, now: Time) -> State {
-        let Self::TokenBucket(bucket) = self;
-        State::TokenBucket(bucket.revive(token_bucket(state), now))
-    }
-
-    fn empty(&self, at: Time) -> State {
-        let Self::TokenBucket(bucket) = self;
-        State::TokenBucket(bucket.empty(at))
-    }
-
-    fn fills_in(&self) -> Option<Duration> {
-        let Self::TokenBucket(bucket) = self;
-        bucket.fills_in()
-    }
-
-    fn full_at(&self, state: State) -> Option<Time> {
-        let Self::TokenBucket(bucket) = self;
-        bucket.full_at(token_bucket(state))
-    }
-
-    fn rebase(&self, state: State, older: Option<&Self>, at: Time) -> State {
-        let Self::TokenBucket(bucket) = self;
-        let older = older.map(|Self::TokenBucket(older)| older);
-        State::TokenBucket(bucket.rebase(token_bucket(state), older, at))
-    }
-}
-
-fn token_bucket(state: State) -> token_bucket::State {
-    let State::TokenBucket(state) = state;
-    state
+    let reason = if tokens <= left { Reason::ReservedForPriority } else { reason };
+    Admission::Deny { reason, retry_after: retry_after() }
 }

@@ -9,18 +9,28 @@
 #![forbid(unsafe_code)]
 
 mod apply;
+pub mod concurrency;
 mod kind;
+mod limit;
 mod policy;
+pub mod retry_budget;
+pub mod sliding_window;
 mod time;
 pub mod token_bucket;
+pub mod window;
 
 pub use self::{
     apply::{
         Cells, Charging, Decision, MAX_RULES, Rule, Rules, Verdict, Verdicts, apply, apply_to,
         settle,
     },
-    kind::{Admission, Cost, Kind, Level, Limit, Mark, Plan, Reason, Settled, Settlement, State},
+    concurrency::Concurrency,
+    kind::{Admission, Ask, Kind, Level, Mark, Plan, Purpose, Reason, Settled, Settlement},
+    limit::{Limit, State},
     policy::{Cell, Former, Formers, MAX_FORMERS, Policy},
-    time::{Time, saturating_nanos},
+    retry_budget::RetryBudget,
+    sliding_window::SlidingWindow,
+    time::{Moment, Time, Wall, saturating_nanos},
     token_bucket::TokenBucket,
+    window::{Window, WindowLimit},
 };

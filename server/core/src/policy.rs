@@ -2,7 +2,7 @@
 
 use arrayvec::ArrayVec;
 
-use crate::{Kind, Limit, State, Time};
+use crate::{Kind, Limit, Moment, State, Time};
 
 /// How many earlier settings of a policy are remembered. A cell that slept through more changes is
 /// refilled by nothing up to the end of the oldest one known.
@@ -35,7 +35,7 @@ pub struct Former {
     /// The settings.
     pub limit: Limit,
     /// When they were replaced.
-    pub until: Time,
+    pub until: Moment,
 }
 
 /// Stored state of one policy and key, and the revision it was counted in.
@@ -56,7 +56,7 @@ impl Policy {
 
     /// The policy's next revision: `limit` from `at` on.
     #[must_use]
-    pub fn changed(&self, limit: Limit, at: Time) -> Self {
+    pub fn changed(&self, limit: Limit, at: Moment) -> Self {
         let mut formers = self.formers.clone();
         if formers.is_full() {
             formers.remove(0);
@@ -91,24 +91,61 @@ impl Policy {
         cell.or(self.absent).map(|cell| self.current(cell))
     }
 
+    /// A cell that was counted under another policy until now, as one of this: what was spent stays spent.
+    #[must_use]
+    pub fn adopted(&self, cell: Cell, other: &Self, now: Moment) -> Cell {
+        let state = self.limit.rebase(other.current(cell), Some(&other.limit), now);
+        Cell { revision: self.revision, state }
+    }
+
+    /// Whether what was charged in that revision can still be given back: a cell that was of another kind
+    /// since knows nothing of it.
+    #[must_use]
+    pub fn is_like_since(&self, revision: u32) -> bool {
+        let since = || self.formers.iter().filter(|former| former.revision >= revision);
+        let known = revision == self.revision || since().any(|former| former.revision == revision);
+        known && since().all(|former| former.limit.is_like(&self.limit))
+    }
+
+    /// `cell` after a holder that a crash forgot has told of `permits` that it holds: they are its own again.
+    /// `None` if there are none that nobody has told of.
+    #[must_use]
+    pub fn attested(&self, cell: Cell, permits: u64, now: Moment) -> Option<Cell> {
+        let State::Concurrency(state) = self.current(cell) else { return None };
+        let state = State::Concurrency(state.attested(permits, now.time)?);
+        Some(Cell { revision: self.revision, state })
+    }
+
+    /// `cell` as if nothing had been spent but what open grants hold.
+    #[must_use]
+    pub fn reset(&self, cell: Cell, now: Moment) -> Cell {
+        let state = match self.current(cell) {
+            State::TokenBucket(state) => State::TokenBucket(state.reset()),
+            State::Concurrency(state) => State::Concurrency(state.reset()),
+            _ => self.limit.having_spent(0, now),
+        };
+        Cell { revision: self.revision, state }
+    }
+
     /// When `cell` may leave memory and disk: it is full then, and so is one that is not there. `None` while
     /// something is owed to it.
     #[must_use]
-    pub fn leaves_at(&self, cell: Cell) -> Option<Time> {
-        let full_at = self.limit.full_at(self.current(cell))?;
-        Some(full_at.max(self.absent_full_at()?))
+    pub fn leaves_at(&self, cell: Cell, now: Moment) -> Option<Time> {
+        let full_at = self.limit.full_at(self.current(cell), now)?;
+        Some(full_at.max(self.absent_full_at(now)?))
     }
 
     /// When a cell that is not there is full; `None` if never.
     #[must_use]
-    pub fn absent_full_at(&self) -> Option<Time> {
-        self.absent.map_or(Some(Time::ZERO), |cell| self.limit.full_at(self.current(cell)))
+    pub fn absent_full_at(&self, now: Moment) -> Option<Time> {
+        self.absent.map_or(Some(Time::ZERO), |cell| self.limit.full_at(self.current(cell), now))
     }
 
     /// Every cell that is not there is empty as of `at`: a crash forgot what it had spent.
     #[must_use]
-    pub fn emptied(&self, at: Time) -> Self {
-        let empty = Cell { revision: self.revision, state: self.limit.empty(at) };
+    pub fn emptied(&self, at: Moment) -> Self {
+        let state = self.limit.having_spent(self.limit.capacity(), at);
+        let empty = Cell { revision: self.revision, state };
         Self { absent: Some(empty), formers: self.formers.clone(), ..*self }
     }
 }

@@ -10,7 +10,8 @@ use core::{num::NonZeroU64, time::Duration};
 use thiserror::Error;
 
 use crate::{
-    Admission, Cost, Kind, Level, Plan, Reason, Settled, Settlement, Time, time::saturating_nanos,
+    Admission, Ask, Kind, Level, Mark, Moment, Plan, Purpose, Reason, Settled, Settlement, Time,
+    kind::admit, time::saturating_nanos,
 };
 
 /// Most tokens of a limit or burst: 10^12. With [`MAX_PER`] every product stays far inside 128 bits.
@@ -101,8 +102,8 @@ pub struct State {
     pub spent: u64,
     /// Parts of one more token spent: nanoseconds of `per`, so always less than it.
     pub remainder: u64,
-    /// Of the spent tokens, those that may still come back: open estimates. Refill stops at them, so that
-    /// what comes back never piles up beyond one burst.
+    /// Of the spent tokens, those that may still come back: of open estimates and leases. Refill stops at
+    /// them, so that what comes back never piles up beyond one burst.
     pub out: u64,
     /// When this was true.
     pub at: Time,
@@ -117,99 +118,93 @@ impl State {
     const fn spent_rounded_up(&self) -> u64 {
         self.spent + (self.remainder > 0) as u64
     }
-}
 
-/// What is kept on disk of one living bucket: no part of a token, so that it stays small.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Mark {
-    /// Whole tokens that are spent, or may be by the time that a crash asks.
-    pub spent: u64,
-    /// When this was true.
-    pub at: Time,
-}
-
-impl From<State> for Mark {
-    fn from(state: State) -> Self {
-        Self { spent: state.spent_rounded_up(), at: state.at }
+    /// What is on disk of the bucket while it lives: its mark, and no part of a token, so that it stays
+    /// small.
+    pub(crate) const fn kept(&self, mark: Mark) -> Self {
+        Self { spent: mark.spent, ..Self::full(mark.at) }
     }
-}
 
-impl From<Mark> for State {
-    fn from(Mark { spent, at }: Mark) -> Self {
-        Self { spent, ..Self::full(at) }
+    pub(crate) const fn reset(self) -> Self {
+        Self { spent: self.out, remainder: 0, ..self }
+    }
+
+    /// The mark that covers this and nothing more.
+    pub(crate) const fn lowest_mark(&self) -> Mark {
+        Mark { spent: self.spent_rounded_up(), at: self.at }
     }
 }
 
 impl Kind for TokenBucket {
     type State = State;
-    type Mark = Mark;
 
     fn capacity(&self) -> u64 {
         self.burst
     }
 
     #[inline]
-    fn plan(&self, state: Option<State>, cost: Cost, now: Time) -> Plan<State> {
+    fn plan(
+        &self,
+        state: Option<State>,
+        ask: Ask,
+        Moment { time: now, .. }: Moment,
+    ) -> Plan<State> {
         let before = state.map_or(State::full(now), |state| self.refilled(state, now));
-        let needed = before.spent_rounded_up().saturating_add(cost.tokens);
+        let Ask { purpose, reserved, .. } = ask;
+        let left = self.burst.saturating_sub(before.spent_rounded_up());
+        let tokens = ask.granted_of(left);
         let admission = if self.limit == 0 {
             Admission::Deny { reason: Reason::Blocked, retry_after: None }
-        } else if cost.tokens == 0 || needed <= self.burst {
-            Admission::Allow
         } else {
-            Admission::Deny {
-                reason: Reason::RateLimited,
-                retry_after: self.retry_after(&before, cost.tokens, now),
-            }
+            let wanted = tokens.saturating_add(reserved);
+            admit(tokens, left, reserved, Reason::RateLimited, || {
+                self.retry_after(&before, wanted, now)
+            })
         };
         let after = match admission {
             Admission::Allow => State {
-                spent: before.spent + cost.tokens,
-                out: before.out + if cost.estimated { cost.tokens } else { 0 },
+                spent: before.spent + tokens,
+                out: before.out + if purpose == Purpose::Spend { 0 } else { tokens },
                 ..before
             },
-            Admission::Deny { .. } => self.drained(before, cost.tokens),
+            Admission::Deny { .. } => State { spent: before.spent + tokens.min(left), ..before },
         };
         Plan {
             admission,
-            limit: self.burst,
-            before: self.level(&before, now),
-            after: self.level(&after, now),
+            limit: self.burst.saturating_sub(reserved),
+            before: self.level(&before, reserved, now),
+            after: self.level(&after, reserved, now),
             charged: if after == before { state } else { Some(after) },
+            granted: tokens,
+            slice: 0,
         }
     }
 
     fn settle(
         &self,
         state: Option<State>,
-        Settlement { charged, actual, max_debt }: Settlement,
-        now: Time,
+        settlement: Settlement,
+        Moment { time: now, .. }: Moment,
     ) -> Settled<State> {
         let before = state.map_or(State::full(now), |state| self.refilled(state, now));
-        let out = before.out.saturating_sub(charged);
-        let (settled, refunded, owed, dropped) = if actual <= charged {
-            let refunded = (charged - actual).min(before.spent.saturating_sub(out));
-            (before.spent - refunded, refunded, 0, 0)
-        } else {
-            let room =
-                (self.burst.saturating_add(max_debt)).saturating_sub(before.spent_rounded_up());
-            let owed = (actual - charged).min(room);
-            (before.spent + owed, 0, owed, actual - charged - owed)
-        };
-        let after = State { spent: settled, out, ..before };
+        let out = before.out.saturating_sub(settlement.out_before() - settlement.out_after());
+        let refunded = settlement.refund().min(before.spent.saturating_sub(out));
+        let most = self.burst.saturating_add(settlement.max_debt);
+        let owed = settlement.excess().min(most.saturating_sub(before.spent_rounded_up()));
+        let after = State { spent: before.spent - refunded + owed, out, ..before };
         Settled {
             state: if state.is_none() && owed == 0 { None } else { Some(after) },
             refunded,
             owed,
-            dropped,
+            dropped: settlement.excess() - owed,
         }
     }
 
-    fn mark(&self, state: State, step: u64) -> Mark {
+    fn mark(&self, state: State, step: u64, _: Moment) -> Mark {
         // A mark alone never puts a bucket into debt: beyond the burst there is nothing to admit.
-        let Mark { spent, at } = state.into();
+        let spent = state.spent_rounded_up();
         let ahead = spent.saturating_add(step).min(self.burst);
-        Mark { spent: ahead.max(spent), at }
+        Mark { spent: ahead.max(spent), at: state.at }
     }
 
     fn max_step(&self) -> u64 {
@@ -217,23 +212,28 @@ impl Kind for TokenBucket {
         (self.limit.min(self.burst) / 100).max(1)
     }
 
-    fn covers(&self, mark: Mark, state: State) -> bool {
+    fn covers(&self, mark: Mark, _: State, after: State) -> bool {
         // What is out is left aside: after a restart nothing comes back, so only debits count.
-        let later = mark.at.max(state.at);
+        let later = mark.at.max(after.at);
         let parts_at_later = |state: State| {
             let state = self.refilled(State { out: 0, ..state }, later);
             (state.spent, state.remainder)
         };
-        parts_at_later(mark.into()) >= parts_at_later(state)
+        parts_at_later(after.kept(mark)) >= parts_at_later(after)
     }
 
-    fn revive(&self, state: State, now: Time) -> State {
+    fn revive(&self, state: State, held: u64, Moment { time: now, .. }: Moment) -> State {
         // A state from the future would refill only once its time comes; a key must not wait for that.
-        self.refilled(State { out: 0, at: state.at.min(now), ..state }, now)
+        let out = held.min(state.spent);
+        self.refilled(State { out, at: state.at.min(now), ..state }, now)
     }
 
-    fn empty(&self, at: Time) -> State {
-        State { spent: self.burst, ..State::full(at) }
+    fn spent(&self, state: State, now: Moment) -> u64 {
+        self.refilled(state, now.time).spent_rounded_up()
+    }
+
+    fn having_spent(&self, tokens: u64, at: Moment) -> State {
+        State { spent: tokens, ..State::full(at.time) }
     }
 
     fn fills_in(&self) -> Option<Duration> {
@@ -244,7 +244,7 @@ impl Kind for TokenBucket {
         self.nanos_to_refill(parts).map(Duration::from_nanos)
     }
 
-    fn full_at(&self, state: State) -> Option<Time> {
+    fn full_at(&self, state: State, _: Moment) -> Option<Time> {
         if state.out > 0 {
             return None;
         }
@@ -252,7 +252,7 @@ impl Kind for TokenBucket {
         Some(state.at.after(Duration::from_nanos(nanos)))
     }
 
-    fn rebase(&self, state: State, older: Option<&Self>, at: Time) -> State {
+    fn rebase(&self, state: State, older: Option<&Self>, Moment { time: at, .. }: Moment) -> State {
         let Some(older) = older else {
             let spent = state.spent_rounded_up();
             return State { spent, remainder: 0, at: state.at.max(at), ..state };
@@ -319,17 +319,11 @@ impl TokenBucket {
         }
     }
 
-    /// `state` after a charge that is made although it was denied: down to an empty bucket, never into
-    /// debt.
-    fn drained(&self, state: State, cost: u64) -> State {
-        let left = self.burst.saturating_sub(state.spent_rounded_up());
-        State { spent: state.spent + cost.min(left), ..state }
-    }
-
-    fn level(&self, state: &State, now: Time) -> Level {
+    fn level(&self, state: &State, reserved: u64, now: Time) -> Level {
         let nanos = self.nanos_to_refill(self.parts(state)).unwrap_or(0);
+        let left = self.burst.saturating_sub(state.spent_rounded_up());
         Level {
-            remaining: self.burst.saturating_sub(state.spent_rounded_up()),
+            remaining: left.saturating_sub(reserved),
             reset_after: Duration::from_nanos(nanos.saturating_add(state.at.nanos_since(now))),
         }
     }

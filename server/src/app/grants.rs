@@ -1,48 +1,125 @@
 //! Grants: what allowed Acquires may still owe.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque, hash_map::Entry},
+    collections::{BTreeSet, HashMap, VecDeque},
     fmt,
+    hash::Hasher,
     str::FromStr,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
-use fusebox_core::Time;
+use fusebox_core::{Limit, Settlement, Time};
 use parking_lot::Mutex;
+use siphasher::sip::SipHasher24;
 
 use super::Principal;
 use crate::{
-    catalogue::{CellId, Policy},
+    catalogue::{CellId, Limiter, LimiterNumber},
     entropy::Entropy,
     limits,
     reservation::Reservation,
-    storage::OpenGrant,
+    storage::{Holds, OpenGrant, OpenPart},
 };
 
-/// What an allowed Acquire may still owe. Settled once, or when it expires.
-#[derive(Debug)]
+/// What an allowed Acquire may still owe. Each part settles once, or when it expires.
+#[derive(Clone, Debug)]
 pub(super) struct Grant {
     /// Whose it is: nobody else can settle it.
-    pub(super) principal: Principal,
-    /// Who judged.
-    pub(super) policy: Arc<Policy>,
-    /// What was charged.
-    pub(super) cell: CellId,
-    /// Tokens that were charged.
-    pub(super) amount: u64,
-    /// When it settles by itself, as charged.
-    pub(super) expires_at: Time,
+    pub(super) owner: Owner,
+    /// The client that it was given to; empty if it did not say.
+    pub(super) client: Arc<str>,
+    /// What it holds.
+    pub(super) parts: Vec<Part>,
 }
 
 /// Whose a grant is, and the namespace that it was given in.
-type Owner = (Principal, Arc<str>);
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Owner {
+    pub(super) principal: Principal,
+    pub(super) namespace: Arc<str>,
+}
 
-impl Grant {
-    fn owner(&self) -> Owner {
-        (self.principal, Arc::clone(&self.policy.namespace))
+/// What a grant holds of one cell.
+#[derive(Clone, Debug)]
+pub(super) struct Part {
+    /// Who judged.
+    pub(super) limiter: Arc<Limiter>,
+    /// What was charged.
+    pub(super) open: OpenPart,
+}
+
+/// What a settled part has to tell its cell.
+#[derive(Clone, Debug)]
+pub(super) struct Due {
+    /// Who judged.
+    pub(super) limiter: Arc<Limiter>,
+    /// The cell that was charged.
+    pub(super) cell: CellId,
+    /// The limiter's revision when it was.
+    pub(super) revision: u32,
+    /// What is known now.
+    pub(super) known: Settlement,
+}
+
+/// How one granted call went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Tokens that it cost in all so far; `None` if as estimated.
+    pub actual_cost: Option<u64>,
+    /// Leased tokens that were not spent.
+    pub lease_returned: u64,
+    /// More will follow.
+    pub partial: bool,
+}
+
+impl Part {
+    fn due(&self, actual: u64, partial: bool) -> Due {
+        let OpenPart { revision, cell, slice, charged, told, .. } = self.open;
+        let known = Settlement {
+            charged,
+            told,
+            actual,
+            partial,
+            slice: Some(slice),
+            window: None,
+            max_debt: self.limiter.settings.max_debt,
+        };
+        Due { limiter: Arc::clone(&self.limiter), cell, revision, known }
+    }
+
+    /// What is due when the caller tells how it went; what was told before is not unsaid.
+    fn settled(&mut self, told: Told) -> Option<Due> {
+        let OpenPart { holds, charged, told: before, .. } = self.open;
+        let actual = match holds {
+            Holds::Estimate => {
+                told.actual_cost.unwrap_or(if told.partial { before } else { charged })
+            }
+            Holds::Lease | Holds::Permit if told.partial => return None,
+            Holds::Lease => charged - told.lease_returned.min(charged),
+            Holds::Permit => 0,
+        };
+        let actual = actual.max(before);
+        let due = self.due(actual, told.partial);
+        self.open.told = actual;
+        Some(due)
+    }
+
+    /// What is due when nobody tells: a permit is released, all else stands as charged.
+    fn expired(&self) -> Due {
+        let actual = if self.open.holds == Holds::Permit { 0 } else { self.open.charged };
+        self.due(actual.max(self.open.told), false)
+    }
+
+    /// How long it lives when it is given, or renewed; `None` if it is not renewed.
+    fn renewed_for(&self) -> Option<Duration> {
+        match (self.open.holds, &self.limiter.settings.limit) {
+            (Holds::Permit, Limit::Concurrency(permits)) => Some(permits.ttl()),
+            _ => None,
+        }
     }
 }
 
@@ -55,9 +132,39 @@ pub struct GrantId {
     pub secret: u128,
 }
 
+/// What the id of a permit says of it, so that a later start can check it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The cell that was charged.
+    pub cell: CellId,
+    /// What the cell calls its limiter.
+    pub number: LimiterNumber,
+    /// Permits.
+    pub permits: u64,
+    /// Says that this server has written it.
+    pub seal: u64,
+}
+
+/// A grant as its id on the wire names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GrantName {
+    /// Which.
+    pub id: GrantId,
+    /// What it claims to hold, if it is a permit.
+    pub claim: Option<Claim>,
+}
+
 impl fmt::Display for GrantId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:x}-{:032x}", self.boot, self.secret)
+    }
+}
+
+impl fmt::Display for GrantName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.id.fmt(f)?;
+        let Some(Claim { cell, number, permits, seal }) = self.claim else { return Ok(()) };
+        write!(f, "-{cell:?}-{:x}-{permits:x}-{seal:016x}", number.0)
     }
 }
 
@@ -65,25 +172,35 @@ impl fmt::Display for GrantId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotAGrantId;
 
-impl FromStr for GrantId {
+impl FromStr for GrantName {
     type Err = NotAGrantId;
 
     fn from_str(text: &str) -> Result<Self, NotAGrantId> {
-        let (boot, secret) = text.split_once('-').ok_or(NotAGrantId)?;
-        let id = Self {
-            boot: u64::from_str_radix(boot, 16).map_err(|_| NotAGrantId)?,
-            secret: u128::from_str_radix(secret, 16).map_err(|_| NotAGrantId)?,
+        let mut parts = text.split('-');
+        let mut next = || parts.next().ok_or(NotAGrantId);
+        let short = |text: &str| u64::from_str_radix(text, 16).map_err(|_| NotAGrantId);
+        let long = |text: &str| u128::from_str_radix(text, 16).map_err(|_| NotAGrantId);
+        let id = GrantId { boot: short(next()?)?, secret: long(next()?)? };
+        let claim = match next() {
+            Err(NotAGrantId) => None,
+            Ok(cell) => Some(Claim {
+                cell: CellId::from_bytes(&long(cell)?.to_be_bytes()).ok_or(NotAGrantId)?,
+                number: LimiterNumber(u32::from_str_radix(next()?, 16).map_err(|_| NotAGrantId)?),
+                permits: short(next()?)?,
+                seal: short(next()?)?,
+            }),
         };
         // One spelling only: `+1` and `01` parse as well.
-        if id.to_string() == text { Ok(id) } else { Err(NotAGrantId) }
+        let name = Self { id, claim };
+        if name.to_string() == text { Ok(name) } else { Err(NotAGrantId) }
     }
 }
 
-/// What became of the attempt to settle a grant.
+/// What became of the attempt to settle or renew a grant.
 #[derive(Debug)]
-pub(super) enum Taken {
-    /// It was open, and is the caller's to settle.
-    Open(Grant),
+pub(super) enum Taken<T> {
+    /// It was open, and is the caller's.
+    Open(T),
     /// It had been settled before.
     Settled,
     /// There is no such grant, or it is somebody else's.
@@ -94,6 +211,8 @@ pub(super) enum Taken {
 #[derive(Debug)]
 pub struct Grants {
     boot: u64,
+    /// Seals what the ids of permits claim.
+    secret: [u8; 16],
     capacity: usize,
     open: Arc<AtomicUsize>,
     shards: [Mutex<Shard>; limits::GRANT_SHARDS],
@@ -102,16 +221,55 @@ pub struct Grants {
 #[derive(Debug, Default)]
 struct Shard {
     open: HashMap<GrantId, Grant>,
+    /// Each by its part that expires first.
     by_expiry: BTreeSet<(Time, GrantId)>,
     /// Those settled lately, and whose they were.
     settled: HashMap<GrantId, Owner>,
     settled_in_order: VecDeque<GrantId>,
 }
 
+impl Grant {
+    /// When its first part settles by itself.
+    fn expires_at(&self) -> Time {
+        let expiries = self.parts.iter().map(|part| part.open.expires_at);
+        expiries.min().unwrap_or_default()
+    }
+
+    /// What its id says of it: of one permit all there is to know.
+    fn claim(&self, id: GrantId, secret: &[u8; 16]) -> Option<Claim> {
+        let [Part { open, .. }] = self.parts.as_slice() else { return None };
+        let OpenPart { holds: Holds::Permit, cell, number, charged: permits, .. } = *open else {
+            return None;
+        };
+        let claim = Claim { cell, number, permits, seal: 0 };
+        Some(Claim { seal: claim.sealed(id, &self.owner, secret), ..claim })
+    }
+}
+
+impl Claim {
+    /// The seal of a claim that is true of that grant and its owner.
+    fn sealed(&self, id: GrantId, owner: &Owner, secret: &[u8; 16]) -> u64 {
+        let mut hasher = SipHasher24::new_with_key(secret);
+        hasher.write_u64(id.boot);
+        hasher.write_u128(id.secret);
+        hasher.write(&self.cell.to_bytes());
+        hasher.write_u32(self.number.0);
+        hasher.write_u64(self.permits);
+        let Principal::Anonymous = owner.principal;
+        hasher.write(owner.namespace.as_bytes());
+        hasher.finish()
+    }
+
+    /// Whether this server, or the one before it in the data directory, has given that grant to its owner.
+    pub(super) fn is_true(&self, id: GrantId, owner: &Owner, secret: &[u8; 16]) -> bool {
+        self.seal == self.sealed(id, owner, secret)
+    }
+}
+
 impl Grants {
     /// No grants yet in this start, and room for `capacity` of them.
-    pub(super) fn new(boot: u64, capacity: usize) -> Self {
-        Self { boot, capacity, open: Arc::default(), shards: Default::default() }
+    pub(super) fn new(boot: u64, secret: [u8; 16], capacity: usize) -> Self {
+        Self { boot, secret, capacity, open: Arc::default(), shards: Default::default() }
     }
 
     /// Grants that are open now.
@@ -130,21 +288,30 @@ impl Grants {
         grant: Grant,
         room: &mut Reservation,
         entropy: &dyn Entropy,
-    ) -> Option<GrantId> {
+    ) -> Option<GrantName> {
         if !room.keep_one() {
             return None;
         }
         let id = GrantId { boot: self.boot, secret: u128::from_be_bytes(entropy.bytes16()) };
+        let claim = grant.claim(id, &self.secret);
         self.shard(id).lock().open(id, grant);
-        Some(id)
+        Some(GrantName { id, claim })
     }
 
-    /// Opens a grant again that an earlier start gave, and a clean stop left open.
-    pub(super) fn restore(&self, left: &OpenGrant, policy: Arc<Policy>) {
-        let OpenGrant { id, cell, amount, expires_at, .. } = *left;
-        let principal = Principal::Anonymous;
-        self.shard(id).lock().open(id, Grant { principal, policy, cell, amount, expires_at });
+    /// Opens a grant again that an earlier start gave: a clean stop left it open, or its holder has told of
+    /// it.
+    pub(super) fn restore(&self, id: GrantId, grant: Grant) {
+        self.shard(id).lock().open(id, grant);
         self.open.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether a grant of an earlier start is one that this one knows nothing of, and its id is true.
+    pub(super) fn is_forgotten(&self, name: GrantName, owner: &Owner) -> bool {
+        let GrantName { id, claim } = name;
+        let shard = self.shard(id).lock();
+        let known = shard.open.contains_key(&id) || shard.settled.contains_key(&id);
+        let is_true = claim.is_some_and(|claim| claim.is_true(id, owner, &self.secret));
+        id.boot != self.boot && !known && is_true
     }
 
     /// Every grant that is open.
@@ -153,55 +320,85 @@ impl Grants {
         for shard in &self.shards {
             all.extend(shard.lock().open.iter().map(|(id, grant)| OpenGrant {
                 id: *id,
-                number: grant.policy.number,
-                cell: grant.cell,
-                amount: grant.amount,
-                expires_at: grant.expires_at,
+                client: grant.client.to_string(),
+                parts: grant.parts.iter().map(|part| part.open).collect(),
             }));
         }
         all
     }
 
-    /// Takes an open grant of this principal, to be settled: nobody can take it again.
+    /// Settles an open grant of this owner, or a part of what it owes: nobody can do that again.
     pub(super) fn settle(
         &self,
         id: GrantId,
-        principal: Principal,
-        namespace: &str,
+        owner: &Owner,
+        told: Told,
         now: Time,
-    ) -> Taken {
+    ) -> Taken<Vec<Due>> {
         let mut shard = self.shard(id).lock();
-        let is_theirs = |owner: &Owner| owner.0 == principal && *owner.1 == *namespace;
-        if shard.settled.get(&id).is_some_and(is_theirs) {
+        if shard.settled.get(&id).is_some_and(|other| other == owner) {
             return Taken::Settled;
         }
-        let Entry::Occupied(entry) = shard.open.entry(id) else { return Taken::Unknown };
-        if !is_theirs(&entry.get().owner()) || entry.get().expires_at <= now {
-            return Taken::Unknown;
+        let Some(grant) = shard.open_of(id, owner, now) else { return Taken::Unknown };
+        let dues = grant.parts.iter_mut().filter(|part| part.open.expires_at > now);
+        let dues = dues.filter_map(|part| part.settled(told)).collect();
+        if !told.partial {
+            shard.end(id);
+            self.open.fetch_sub(1, Ordering::Relaxed);
         }
-        let grant = entry.remove();
-        shard.by_expiry.remove(&(grant.expires_at, id));
-        shard.remember_settled(id, grant.owner());
-        self.open.fetch_sub(1, Ordering::Relaxed);
-        Taken::Open(grant)
+        Taken::Open(dues)
     }
 
-    /// Takes grants that have expired, a bounded number of them.
-    pub(super) fn expire(&self, now: Time) -> Vec<Grant> {
-        let mut expired = Vec::new();
+    /// Renews the permits of an open grant of this owner; how long it lives now.
+    pub(super) fn renew(&self, id: GrantId, owner: &Owner, now: Time) -> Taken<Duration> {
+        let mut shard = self.shard(id).lock();
+        if shard.settled.get(&id).is_some_and(|other| other == owner) {
+            return Taken::Settled;
+        }
+        let Some(grant) = shard.open_of(id, owner, now) else { return Taken::Unknown };
+        let before = grant.expires_at();
+        let mut lives = None;
+        for part in &mut grant.parts {
+            if let Some(life) = part.renewed_for() {
+                part.open.expires_at = now.after(life);
+                lives = lives.min(Some(life)).or(Some(life));
+            }
+        }
+        let after = grant.expires_at();
+        shard.by_expiry.remove(&(before, id));
+        shard.by_expiry.insert((after, id));
+        lives.map_or(Taken::Unknown, Taken::Open)
+    }
+
+    /// Ends an open grant, whoever it is of, as if all of it had expired now.
+    pub(super) fn force_release(&self, id: GrantId) -> Option<(Owner, Vec<Due>)> {
+        let mut shard = self.shard(id).lock();
+        let grant = shard.end(id)?;
+        self.open.fetch_sub(1, Ordering::Relaxed);
+        Some((grant.owner, grant.parts.iter().map(Part::expired).collect()))
+    }
+
+    /// Takes what has expired, a bounded number of it.
+    pub(super) fn expire(&self, now: Time) -> Vec<Due> {
+        let (mut dues, mut ended) = (Vec::new(), 0);
         for shard in &self.shards {
             let mut shard = shard.lock();
             for _ in 0..limits::EXPIRED_PER_ROUND {
                 let first = shard.by_expiry.first().copied();
-                let Some((expiry, id)) = first.filter(|(expiry, _)| *expiry <= now) else {
-                    break;
-                };
-                shard.by_expiry.remove(&(expiry, id));
-                expired.extend(shard.open.remove(&id));
+                let Some((_, id)) = first.filter(|(expiry, _)| *expiry <= now) else { break };
+                let Some(mut grant) = shard.take(id) else { break };
+                for part in grant.parts.extract_if(.., |part| part.open.expires_at <= now) {
+                    dues.push(part.expired());
+                }
+                if grant.parts.is_empty() {
+                    ended += 1;
+                } else {
+                    shard.open(id, grant);
+                }
             }
         }
-        self.open.fetch_sub(expired.len(), Ordering::Relaxed);
-        expired
+        self.open.fetch_sub(ended, Ordering::Relaxed);
+        dues
     }
 
     fn shard(&self, id: GrantId) -> &Mutex<Shard> {
@@ -211,8 +408,28 @@ impl Grants {
 
 impl Shard {
     fn open(&mut self, id: GrantId, grant: Grant) {
-        self.by_expiry.insert((grant.expires_at, id));
+        self.by_expiry.insert((grant.expires_at(), id));
         self.open.insert(id, grant);
+    }
+
+    /// The open grant of that owner.
+    fn open_of(&mut self, id: GrantId, owner: &Owner, now: Time) -> Option<&mut Grant> {
+        let alive = |part: &Part| part.open.expires_at > now;
+        let grant = self.open.get_mut(&id)?;
+        (grant.owner == *owner && grant.parts.iter().any(alive)).then_some(grant)
+    }
+
+    fn take(&mut self, id: GrantId) -> Option<Grant> {
+        let grant = self.open.remove(&id)?;
+        self.by_expiry.remove(&(grant.expires_at(), id));
+        Some(grant)
+    }
+
+    /// Takes a grant for good, and remembers that it is settled.
+    fn end(&mut self, id: GrantId) -> Option<Grant> {
+        let grant = self.take(id)?;
+        self.remember_settled(id, grant.owner.clone());
+        Some(grant)
     }
 
     fn remember_settled(&mut self, id: GrantId, owner: Owner) {
@@ -228,43 +445,65 @@ impl Shard {
 
 #[cfg(test)]
 mod tests {
-    use fusebox_core::{Limit, TokenBucket};
+    use fusebox_core::{Concurrency, TokenBucket};
 
     use super::*;
-    use crate::{
-        catalogue::{CellHasher, PolicyNumber},
-        entropy::SystemEntropy,
-        storage::Keeping,
-    };
+    use crate::{catalogue::PolicyName, entropy::SystemEntropy, storage::Keeping};
 
-    fn grant(expires_at: Time) -> Grant {
-        let bucket = TokenBucket::new(1, std::time::Duration::from_secs(1), 1).unwrap();
-        let cells = CellHasher::new(&[0; 16], "test", "policy");
-        let cell = cells.cell("");
-        let policy = Arc::new(Policy {
-            namespace: "test".into(),
-            name: "policy".into(),
-            number: PolicyNumber(0),
-            settings: fusebox_core::Policy::new(Limit::TokenBucket(bucket), 0),
+    const ESTIMATE: Told = Told { actual_cost: None, lease_returned: 0, partial: false };
+
+    fn owner() -> Owner {
+        Owner { principal: Principal::Anonymous, namespace: "test".into() }
+    }
+
+    fn limiter(limit: Limit) -> Arc<Limiter> {
+        Arc::new(Limiter {
+            name: PolicyName { namespace: "test".into(), policy: "policy".into() },
+            number: LimiterNumber(0),
+            settings: fusebox_core::Policy::new(limit, 0),
             keeping: Keeping::AtStop,
-            cells,
-            decisions: Arc::default(),
-        });
-        Grant { principal: Principal::Anonymous, policy, cell, amount: 1, expires_at }
+            calendar: None,
+            budget: Arc::default(),
+        })
+    }
+
+    fn part(holds: Holds, charged: u64, expires_at: u64) -> Part {
+        let limit = match holds {
+            Holds::Permit => {
+                Limit::Concurrency(Concurrency::new(9, Duration::from_secs(1)).unwrap())
+            }
+            _ => Limit::TokenBucket(TokenBucket::new(9, Duration::from_secs(1), 9).unwrap()),
+        };
+        let open = OpenPart {
+            holds,
+            number: LimiterNumber(0),
+            revision: 1,
+            cell: CellId([1, 2]),
+            slice: 0,
+            charged,
+            told: 0,
+            expires_at: Time::from_nanos(expires_at),
+        };
+        Part { limiter: limiter(limit), open }
+    }
+
+    fn open_parts(grants: &Grants, parts: Vec<Part>) -> Option<GrantName> {
+        let mut room = grants.reserve(1)?;
+        let grant = Grant { owner: owner(), client: "".into(), parts };
+        grants.open_grant(grant, &mut room, &SystemEntropy)
     }
 
     fn open(grants: &Grants) -> Option<GrantId> {
-        let mut room = grants.reserve(1)?;
-        grants.open_grant(grant(Time::from_nanos(10)), &mut room, &SystemEntropy)
+        open_parts(grants, vec![part(Holds::Estimate, 5, 10)]).map(|name| name.id)
     }
 
-    fn settle(grants: &Grants, id: GrantId, now: u64) -> Taken {
-        grants.settle(id, Principal::Anonymous, "test", Time::from_nanos(now))
+    fn settle(grants: &Grants, id: GrantId, now: u64) -> Taken<Vec<Due>> {
+        grants.settle(id, &owner(), ESTIMATE, Time::from_nanos(now))
     }
 
     #[test]
     fn no_more_are_open_than_there_is_room_for() {
-        let grants = Grants::new(1, 2);
+        let grants = Grants::new(1, [0; 16], 2);
         let first = open(&grants).unwrap();
         assert!(open(&grants).is_some());
         assert!(open(&grants).is_none());
@@ -276,7 +515,7 @@ mod tests {
 
     #[test]
     fn a_grant_is_open_until_the_moment_it_expires() {
-        let grants = Grants::new(1, 2);
+        let grants = Grants::new(1, [0; 16], 2);
         let (first, second) = (open(&grants).unwrap(), open(&grants).unwrap());
         assert!(matches!(settle(&grants, first, 9), Taken::Open(_)));
         assert!(matches!(settle(&grants, first, 9), Taken::Settled));
@@ -286,10 +525,82 @@ mod tests {
     }
 
     #[test]
+    fn what_was_told_in_parts_is_a_total_and_is_not_unsaid() {
+        let grants = Grants::new(1, [0; 16], 2);
+        let id = open(&grants).unwrap();
+        let mut tell = |actual, partial| {
+            let told = Told { actual_cost: actual, partial, ..ESTIMATE };
+            match grants.settle(id, &owner(), told, Time::ZERO) {
+                Taken::Open(dues) => dues[0].known,
+                other => panic!("{other:?}"),
+            }
+        };
+        let known = tell(Some(3), true);
+        assert_eq!((known.out_before(), known.out_after(), known.refund()), (5, 2, 0));
+        let known = tell(Some(3), true);
+        assert_eq!((known.out_before(), known.out_after()), (2, 2), "repeated, it adds nothing");
+        let known = tell(Some(7), true);
+        assert_eq!((known.excess(), known.out_after()), (2, 0));
+        let known = tell(Some(1), false);
+        assert_eq!((known.excess(), known.refund(), known.actual), (0, 0, 7));
+        assert!(matches!(settle(&grants, id, 0), Taken::Settled));
+    }
+
+    #[test]
+    fn parts_expire_each_at_its_time() {
+        let grants = Grants::new(1, [0; 16], 2);
+        let parts = vec![part(Holds::Permit, 1, 5), part(Holds::Lease, 4, 10)];
+        let id = open_parts(&grants, parts).unwrap().id;
+        let permit = grants.expire(Time::from_nanos(5));
+        assert_eq!(permit[0].known.refund(), 1, "a permit comes back");
+        assert_eq!(grants.open(), 1);
+        let told = Told { lease_returned: 3, ..ESTIMATE };
+        let Taken::Open(dues) = grants.settle(id, &owner(), told, Time::from_nanos(5)) else {
+            panic!("the lease is still open");
+        };
+        assert_eq!((dues.len(), dues[0].known.refund()), (1, 3));
+        assert_eq!(grants.open(), 0);
+    }
+
+    #[test]
+    fn an_expired_lease_stands_as_spent() {
+        let grants = Grants::new(1, [0; 16], 2);
+        open_parts(&grants, vec![part(Holds::Lease, 4, 10)]).unwrap();
+        let due = grants.expire(Time::from_nanos(10)).remove(0);
+        assert_eq!((due.known.refund(), due.known.out_before(), due.known.out_after()), (0, 4, 0));
+    }
+
+    #[test]
+    fn a_renewed_permit_lives_on() {
+        let grants = Grants::new(1, [0; 16], 2);
+        let id = open_parts(&grants, vec![part(Holds::Permit, 1, 10)]).unwrap().id;
+        assert!(matches!(grants.renew(id, &owner(), Time::from_nanos(9)), Taken::Open(_)));
+        assert!(grants.expire(Time::from_nanos(1_000_000_008)).is_empty());
+        assert_eq!(grants.expire(Time::from_nanos(1_000_000_009)).len(), 1);
+        assert!(matches!(grants.renew(id, &owner(), Time::ZERO), Taken::Unknown));
+    }
+
+    #[test]
+    fn a_later_start_believes_the_id_of_a_permit_and_nothing_else() {
+        let name = open_parts(&Grants::new(1, [7; 16], 2), vec![part(Holds::Permit, 2, 10)]);
+        let name = name.unwrap();
+        assert_eq!(name.to_string().parse(), Ok(name));
+        assert!(name.to_string().len() <= limits::GRANT_ID_BYTES);
+        let later = Grants::new(2, [7; 16], 2);
+        assert!(later.is_forgotten(name, &owner()));
+        let stranger = Owner { namespace: "other".into(), ..owner() };
+        assert!(!later.is_forgotten(name, &stranger));
+        let more = Claim { permits: 3, ..name.claim.unwrap() };
+        assert!(!later.is_forgotten(GrantName { claim: Some(more), ..name }, &owner()));
+        assert!(!Grants::new(2, [8; 16], 2).is_forgotten(name, &owner()), "another data directory");
+        later.restore(name.id, Grant { owner: owner(), client: "".into(), parts: Vec::new() });
+        assert!(!later.is_forgotten(name, &owner()), "once");
+    }
+
+    #[test]
     fn the_oldest_settled_grant_is_forgotten_first() {
         let mut shard = Shard::default();
         let id = |secret| GrantId { boot: 1, secret };
-        let owner = || grant(Time::ZERO).owner();
         let most = limits::SETTLED_GRANTS / limits::GRANT_SHARDS;
         for secret in 0..=most as u128 {
             shard.remember_settled(id(secret), owner());
@@ -300,7 +611,7 @@ mod tests {
 
     #[test]
     fn a_round_takes_a_bounded_number_of_expired_grants() {
-        let grants = Grants::new(1, usize::MAX);
+        let grants = Grants::new(1, [0; 16], usize::MAX);
         let most = limits::EXPIRED_PER_ROUND * limits::GRANT_SHARDS;
         for _ in 0..=most {
             open(&grants).unwrap();
@@ -315,9 +626,9 @@ mod tests {
     fn an_id_has_one_spelling() {
         let id = GrantId { boot: 26, secret: 1 };
         assert_eq!(id.to_string(), "1a-00000000000000000000000000000001");
-        assert_eq!(id.to_string().parse(), Ok(id));
+        assert_eq!(id.to_string().parse(), Ok(GrantName { id, claim: None }));
         for other in ["", "-", "1a-1", "01a-00000000000000000000000000000001", "+1-2", "1a"] {
-            assert_eq!(other.parse::<GrantId>(), Err(NotAGrantId), "{other}");
+            assert_eq!(other.parse::<GrantName>(), Err(NotAGrantId), "{other}");
         }
     }
 }

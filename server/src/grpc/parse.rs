@@ -1,13 +1,12 @@
 //! From messages to what cannot be wrong. Past this file no name is empty and no number out of range.
 
-use fusebox_core::Cost;
 use fusebox_proto::v1::{
-    AcquireBatchRequest, AcquireRequest, Ask, GrantOutcome, Priority, ReportRequest,
+    self, AcquireBatchRequest, AcquireRequest, Ask, GrantOutcome, Priority, ReportRequest,
 };
 
 use super::status::Refusal;
 use crate::{
-    app::{self, Acquire, Batch, Outcome},
+    app::{self, Acquire, Batch, Client, Entry, GrantName, Report, Told},
     limits,
 };
 
@@ -17,17 +16,25 @@ pub(super) fn acquire<'a>(
 ) -> Result<Acquire<'a, impl Iterator<Item = app::Ask<'a>>>, Refusal> {
     let mut refusal = Refusal::default();
     namespace(&mut refusal, &request.namespace);
+    client(&mut refusal, request.client.as_ref());
     entry(&mut refusal, None, request);
-    refusal.or_else(|| Acquire { namespace: &request.namespace, asks: accepted(request) })
+    refusal.or_else(|| Acquire {
+        namespace: &request.namespace,
+        client: request.client.as_ref().map(accepted_client),
+        entry: accepted(request),
+    })
 }
 
 /// Every Acquire of a batch.
 pub(super) fn batch<'a>(
     request: &'a AcquireBatchRequest,
-) -> Result<Batch<'a, impl ExactSizeIterator<Item: Iterator<Item = app::Ask<'a>>>>, Refusal> {
+) -> Result<
+    Batch<'a, impl ExactSizeIterator<Item = Entry<impl Iterator<Item = app::Ask<'a>>>>>,
+    Refusal,
+> {
     let mut refusal = Refusal::default();
     namespace(&mut refusal, &request.namespace);
-    refusal.unsupported(request.client.is_some(), || "client".into());
+    client(&mut refusal, request.client.as_ref());
     let entries = &request.requests;
     if entries.is_empty() || entries.len() > limits::BATCH_REQUESTS {
         refusal.violation("requests", count("requests", entries.len(), limits::BATCH_REQUESTS));
@@ -47,21 +54,27 @@ pub(super) fn batch<'a>(
         }
         entry(&mut refusal, Some(index), request);
     }
-    refusal
-        .or_else(|| Batch { namespace: &request.namespace, entries: entries.iter().map(accepted) })
+    refusal.or_else(|| Batch {
+        namespace: &request.namespace,
+        client: request.client.as_ref().map(accepted_client),
+        entries: entries.iter().map(accepted),
+    })
 }
 
-/// Every outcome of a report.
-pub(super) fn report(request: &ReportRequest) -> Result<Vec<Outcome>, Refusal> {
+/// Every outcome and renewal of a report.
+pub(super) fn report(request: &ReportRequest) -> Result<Report<'_>, Refusal> {
     let mut refusal = Refusal::default();
     namespace(&mut refusal, &request.namespace);
-    refusal.unsupported(request.client.is_some(), || "client".into());
+    client(&mut refusal, request.client.as_ref());
     refusal.unsupported(request.sequence != 0, || "sequence".into());
     refusal.unsupported(!request.deltas.is_empty(), || "deltas".into());
-    refusal.unsupported(!request.renew_grant_ids.is_empty(), || "renew_grant_ids".into());
-    let outcomes = &request.outcomes;
-    if outcomes.is_empty() || outcomes.len() > limits::REPORT_OUTCOMES {
+    let (outcomes, renewals) = (&request.outcomes, &request.renew_grant_ids);
+    if outcomes.is_empty() && renewals.is_empty() || outcomes.len() > limits::REPORT_OUTCOMES {
         refusal.violation("outcomes", count("outcomes", outcomes.len(), limits::REPORT_OUTCOMES));
+    }
+    if renewals.len() > limits::REPORT_OUTCOMES {
+        let message = count("grants", renewals.len(), limits::REPORT_OUTCOMES);
+        refusal.violation("renew_grant_ids", message);
     }
     for (index, outcome) in outcomes.iter().enumerate() {
         if refusal.is_full() {
@@ -69,27 +82,47 @@ pub(super) fn report(request: &ReportRequest) -> Result<Vec<Outcome>, Refusal> {
         }
         grant_outcome(&mut refusal, index, outcome);
     }
-    refusal.or_else(|| {
-        let accepted = |outcome: &GrantOutcome| Outcome {
-            grant: outcome.grant_id.parse().ok(),
-            actual_cost: outcome.actual_cost,
-        };
-        outcomes.iter().map(accepted).collect()
+    for (index, id) in renewals.iter().enumerate() {
+        if refusal.is_full() {
+            break;
+        }
+        grant_id(&mut refusal, || format!("renew_grant_ids[{index}]"), id);
+    }
+    refusal.or_else(|| Report {
+        namespace: &request.namespace,
+        client: request.client.as_ref().map(accepted_client),
+        outcomes: outcomes.iter().map(accepted_outcome).collect(),
+        renewals: renewals.iter().map(|id| id.parse().ok()).collect(),
     })
+}
+
+fn accepted_outcome(outcome: &GrantOutcome) -> (Option<GrantName>, Told) {
+    let told = Told {
+        actual_cost: outcome.actual_cost,
+        lease_returned: outcome.lease_returned,
+        partial: outcome.partial,
+    };
+    (outcome.grant_id.parse().ok(), told)
+}
+
+fn grant_id(refusal: &mut Refusal, field: impl FnOnce() -> String, id: &str) {
+    let bytes = id.len();
+    if bytes == 0 || bytes > limits::GRANT_ID_BYTES {
+        let most = limits::GRANT_ID_BYTES;
+        let message = format!("{bytes} bytes; a grant id has 1 to {most}, as Acquire answered it");
+        refusal.violation(field(), message);
+    }
 }
 
 fn grant_outcome(refusal: &mut Refusal, index: usize, outcome: &GrantOutcome) {
     let field = |name: &str| format!("outcomes[{index}].{name}");
     refusal.unsupported(outcome.outcome != 0, || field("outcome"));
     refusal.unsupported(outcome.latency.is_some(), || field("latency"));
-    refusal.unsupported(outcome.lease_returned != 0, || field("lease_returned"));
-    refusal.unsupported(outcome.partial, || field("partial"));
     refusal.unsupported(!outcome.error_kind.is_empty(), || field("error_kind"));
-    let bytes = outcome.grant_id.len();
-    if bytes == 0 || bytes > limits::GRANT_ID_BYTES {
-        let most = limits::GRANT_ID_BYTES;
-        let message = format!("{bytes} bytes; a grant id has 1 to {most}, as Acquire answered it");
-        refusal.violation(field("grant_id"), message);
+    grant_id(refusal, || field("grant_id"), &outcome.grant_id);
+    if outcome.partial && outcome.lease_returned > 0 {
+        let message = "what is left of a lease is returned when it ends, not in parts";
+        refusal.violation(field("lease_returned"), message);
     }
     if outcome.actual_cost.is_some_and(|cost| cost > limits::TOKENS) {
         refusal.violation(field("actual_cost"), "above 10^12 tokens, the most a policy can have");
@@ -99,16 +132,14 @@ fn grant_outcome(refusal: &mut Refusal, index: usize, outcome: &GrantOutcome) {
 /// What an Acquire and an entry of a batch, which has an index, have in common.
 fn entry(refusal: &mut Refusal, index: Option<usize>, request: &AcquireRequest) {
     let field = |name: &str| in_entry(index) + name;
-    refusal.unsupported(request.client.is_some(), || field("client"));
+    if index.is_some() && request.client.is_some() {
+        let message = "the batch names the client once; leave it out here";
+        refusal.violation(field("client"), message);
+    }
     refusal.unsupported(!request.request_id.is_empty(), || field("request_id"));
     refusal.unsupported(request.max_wait.is_some(), || field("max_wait"));
-    refusal.unsupported(request.attempt != 0, || field("attempt"));
-    match Priority::try_from(request.priority) {
-        Ok(Priority::Unspecified | Priority::Normal) => {}
-        Ok(Priority::Critical | Priority::Bulk) => {
-            refusal.unsupported(true, || field("priority"));
-        }
-        Err(_) => refusal.violation(field("priority"), "not a priority"),
+    if Priority::try_from(request.priority).is_err() {
+        refusal.violation(field("priority"), "not a priority");
     }
 
     let asks = &request.asks;
@@ -116,10 +147,19 @@ fn entry(refusal: &mut Refusal, index: Option<usize>, request: &AcquireRequest) 
         refusal.violation(field("asks"), count("asks", asks.len(), limits::ASKS));
         return;
     }
-    let mut estimated = 0;
+    let (mut estimated, mut leased) = (0, 0);
     for (ask, one) in asks.iter().enumerate() {
         let field = |name: &str| format!("{}asks[{ask}].{name}", in_entry(index));
-        refusal.unsupported(one.lease != 0, || field("lease"));
+        leased += usize::from(one.lease > 0);
+        if one.lease > limits::TOKENS {
+            refusal.violation(field("lease"), "above 10^12 tokens, the most a policy can have");
+        }
+        if one.lease > 0 && leased > 1 {
+            refusal.violation(field("lease"), "one ask of an Acquire may want a lease");
+        }
+        if one.lease > 0 && index.is_none() && request.client.is_none() {
+            refusal.violation("client.id", "required: a lease is a client's own");
+        }
         refusal.unsupported(one.handle != 0, || field("handle"));
         if one.policy.is_empty() {
             refusal.violation(field("policy"), "required: the name of a policy");
@@ -148,6 +188,28 @@ pub(super) fn in_entry(index: Option<usize>) -> String {
     index.map(|index| format!("requests[{index}].")).unwrap_or_default()
 }
 
+/// Who calls: its id, if it says anything.
+fn client(refusal: &mut Refusal, client: Option<&v1::Client>) {
+    let Some(client) = client else { return };
+    if client.id.is_empty() {
+        refusal.violation("client.id", "required: new for each process");
+    }
+    for (field, text) in [
+        ("client.id", &client.id),
+        ("client.service", &client.service),
+        ("client.zone", &client.zone),
+    ] {
+        let (bytes, most) = (text.len(), limits::CLIENT_BYTES);
+        if bytes > most {
+            refusal.violation(field, format!("{bytes} bytes; at most {most}"));
+        }
+    }
+}
+
+fn accepted_client(client: &v1::Client) -> Client<'_> {
+    Client { id: &client.id, service: &client.service, zone: &client.zone }
+}
+
 fn namespace(refusal: &mut Refusal, namespace: &str) {
     if namespace.is_empty() {
         refusal.violation("namespace", "required: the name of a namespace");
@@ -158,11 +220,19 @@ fn count(what: &str, count: usize, most: usize) -> String {
     format!("{count} {what}; 1 to {most} are needed")
 }
 
-/// The asks of a request, once nothing about it is refused.
-fn accepted(request: &AcquireRequest) -> impl Iterator<Item = app::Ask<'_>> {
-    request.asks.iter().map(|ask| app::Ask {
+/// What a request asks, once nothing about it is refused.
+fn accepted(request: &AcquireRequest) -> Entry<impl Iterator<Item = app::Ask<'_>>> {
+    let asks = request.asks.iter().map(|ask| app::Ask {
         policy: &ask.policy,
         key: &ask.key,
-        cost: Cost { tokens: ask.cost.unwrap_or(1), estimated: ask.estimated },
-    })
+        cost: ask.cost.unwrap_or(1),
+        estimated: ask.estimated,
+        lease: ask.lease,
+    });
+    let priority = match request.priority() {
+        Priority::Critical => app::Priority::Critical,
+        Priority::Unspecified | Priority::Normal => app::Priority::Normal,
+        Priority::Bulk => app::Priority::Bulk,
+    };
+    Entry { asks, priority, retry: request.attempt > 0 }
 }

@@ -3,49 +3,58 @@
 use std::time::Duration;
 
 use fusebox_core::{Admission, Reason};
-use fusebox_proto::v1::{self, AcquireResponse, Decision, ReportResponse, ReportResult, Verdict};
-
-use crate::{
-    app::{Acquired, Reported},
-    limits,
+use fusebox_proto::v1::{
+    self, AcquireResponse, Decision, Renewal, ReportResponse, ReportResult, Verdict,
 };
 
+use crate::app::{Acquired, Renewed, Reported};
+
 /// The answer to an Acquire.
-pub(super) fn acquired(Acquired { decision, grant }: &Acquired) -> AcquireResponse {
+pub(super) fn acquired(Acquired { decided, grant, held }: &Acquired) -> AcquireResponse {
+    let decision = &decided.decision;
     let mut verdicts: Vec<_> = decision.verdicts.iter().map(verdict).collect();
-    let mut grant_id = String::new();
-    if let Some((ask, grant)) = grant {
-        grant_id = grant.to_string();
-        verdicts[*ask].expires_in = Some(duration(limits::ESTIMATE_LIFE));
+    for held in held {
+        verdicts[held.ask].leased = held.leased;
+        verdicts[held.ask].expires_in = Some(duration(held.expires_in));
     }
     AcquireResponse {
         decision: if decision.allowed { Decision::Allow } else { Decision::Deny }.into(),
-        grant_id,
+        grant_id: grant.map(|grant| grant.to_string()).unwrap_or_default(),
         waited: None,
         verdicts,
     }
 }
 
-/// The answer to a Report.
-pub(super) fn reported(results: &[Reported]) -> ReportResponse {
+/// The answer to a Report that renews the grants of these ids.
+pub(super) fn reported(
+    results: &[Reported],
+    renewed: &[Renewed],
+    ids: Vec<String>,
+) -> ReportResponse {
     let result = |reported: &Reported| match reported {
         Reported::Applied => ReportResult::Applied.into(),
         Reported::Duplicate => ReportResult::Duplicate.into(),
         Reported::UnknownGrant => ReportResult::UnknownGrant.into(),
     };
-    ReportResponse { results: results.iter().map(result).collect(), ..Default::default() }
+    let renewal = |(grant_id, renewed): (String, &Renewed)| Renewal {
+        grant_id,
+        expires_in: Some(duration(*renewed)),
+    };
+    ReportResponse {
+        results: results.iter().map(result).collect(),
+        renewals: ids.into_iter().zip(renewed).map(renewal).collect(),
+        ..Default::default()
+    }
 }
 
 fn verdict(verdict: &fusebox_core::Verdict) -> Verdict {
-    let (decision, reason, retry_after) = match verdict.admission {
-        Admission::Allow => (Decision::Allow, v1::Reason::Unspecified, None),
-        Admission::Deny { reason: Reason::RateLimited, retry_after } => {
-            (Decision::Deny, v1::Reason::RateLimited, retry_after)
-        }
-        Admission::Deny { reason: Reason::Blocked, retry_after } => {
-            (Decision::Deny, v1::Reason::Blocked, retry_after)
-        }
+    let (reason, retry_after) = match verdict.admission {
+        Admission::Allow => (v1::Reason::Unspecified, None),
+        Admission::Deny { reason, retry_after } => (self::reason(reason), retry_after),
     };
+    // What only watches never denies; its reason says that it would have.
+    let denies = verdict.admission != Admission::Allow && !verdict.shadow;
+    let decision = if denies { Decision::Deny } else { Decision::Allow };
     Verdict {
         decision: decision.into(),
         reason: reason.into(),
@@ -53,7 +62,19 @@ fn verdict(verdict: &fusebox_core::Verdict) -> Verdict {
         remaining: Some(verdict.remaining),
         retry_after: retry_after.map(duration),
         reset_after: Some(duration(verdict.reset_after)),
+        shadow: verdict.shadow,
         ..Default::default()
+    }
+}
+
+fn reason(reason: Reason) -> v1::Reason {
+    match reason {
+        Reason::RateLimited => v1::Reason::RateLimited,
+        Reason::ConcurrencyLimited => v1::Reason::ConcurrencyLimited,
+        Reason::RetryBudgetExhausted => v1::Reason::RetryBudgetExhausted,
+        Reason::ReservedForPriority => v1::Reason::ReservedForPriority,
+        Reason::OverflowBucket => v1::Reason::OverflowBucket,
+        Reason::Blocked => v1::Reason::Blocked,
     }
 }
 

@@ -70,6 +70,14 @@ pub(super) fn acquire(error: &AcquireError, entry: Option<usize>) -> Status {
             let violation = FieldViolation::new(field(*ask, "cost"), error.to_string());
             violations(Code::InvalidArgument, vec![violation])
         }
+        AcquireError::NotEstimable { ask, .. } => {
+            let violation = FieldViolation::new(field(*ask, "estimated"), error.to_string());
+            violations(Code::InvalidArgument, vec![violation])
+        }
+        AcquireError::TooManyLimits { .. } => {
+            let violation = FieldViolation::new("requests", error.to_string());
+            violations(Code::InvalidArgument, vec![violation])
+        }
         AcquireError::GrantsFull => Status::resource_exhausted(error.to_string()),
         AcquireError::Storage(error) => storage(error),
     }
@@ -85,9 +93,7 @@ pub(super) fn report(error: &ReportError) -> Status {
 
 fn storage(error: &StorageError) -> Status {
     match error {
-        StorageError::Full(_) | StorageError::Behind(_) => {
-            Status::resource_exhausted(error.to_string())
-        }
+        StorageError::Behind(_) => Status::resource_exhausted(error.to_string()),
         StorageError::Failed(_) | StorageError::Stopping => Status::unavailable(error.to_string()),
     }
 }

@@ -11,18 +11,17 @@ use std::{
 
 use arrayvec::ArrayVec;
 use crossbeam_utils::CachePadded;
-use fusebox_core::{
-    Cell, Cells, Cost, Decision, Kind, MAX_RULES, Policy, Rule, Rules, Settled, Time,
-};
+use fusebox_core::{Cell, Cells, Kind, MAX_RULES, Moment, Rule, Rules, Settled};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 use super::{
-    Answer, CellAsk, Charge, Durable, Keeping, Room, Settlement, Storage, StorageError,
+    Answer, CellAsk, Charge, Charged, Decided, Durable, Judge, Keeping, Room, Settlement, Storage,
+    StorageError,
     table::{Entry, Lagging, Marked, Table},
 };
 use crate::{
-    catalogue::{Catalogue, CellId, PolicyNumber},
+    catalogue::{Catalogue, CellId, Limiter, LimiterNumber},
     limits,
     reservation::Reservation,
 };
@@ -39,7 +38,7 @@ pub struct Embedded {
     durable: AtomicU64,
     /// Wakes the writer; one waiting word is enough.
     wake: SyncSender<()>,
-    /// Counts the rounds of housekeeping: each looks at the next shard.
+    /// The shard that housekeeping is at.
     tended: AtomicUsize,
     /// Why nothing is decided any more.
     over: OnceLock<StorageError>,
@@ -58,7 +57,9 @@ struct Shard {
     taken: u64,
     /// When a full cell last left. A caller whose clock was read before that must not find the cell fuller
     /// than it was then: it is decided as of this time.
-    swept: Time,
+    swept: Moment,
+    /// Housekeeping has yet to look at the entries before this place.
+    unswept: u32,
 }
 
 /// Somebody who waits until a round of the writer is durable.
@@ -67,10 +68,23 @@ pub(super) struct Waiter {
     pub(super) told: oneshot::Sender<Result<(), StorageError>>,
 }
 
+/// What is to be on disk of a cell that is there.
+pub(super) struct Kept {
+    pub(super) number: LimiterNumber,
+    pub(super) cell: Cell,
+    pub(super) is_overflow: bool,
+}
+
+impl Kept {
+    fn of(entry: &Entry) -> Self {
+        Self { number: entry.number, cell: entry.kept(), is_overflow: entry.is_overflow() }
+    }
+}
+
 /// What is to be on disk of a cell: its record, or none.
 pub(super) struct Change {
     pub(super) id: CellId,
-    pub(super) kept: Option<(PolicyNumber, Cell)>,
+    pub(super) kept: Option<Kept>,
 }
 
 impl Embedded {
@@ -145,7 +159,7 @@ impl Embedded {
                 id,
                 kept: entry.map(|entry| {
                     entry.queued = false;
-                    (entry.number, entry.kept())
+                    Kept::of(entry)
                 }),
             });
         }
@@ -166,17 +180,17 @@ impl Embedded {
                         #[allow(clippy::cast_possible_truncation)]
                         entry.lower_mark(round as u32);
                     }
-                    (entry.number, entry.kept())
+                    Kept::of(entry)
                 }),
             });
         }
     }
 
     /// The exact state of every cell of one shard of which something else is on disk.
-    pub(super) fn exact(&self, shard: usize, mut visit: impl FnMut(CellId, PolicyNumber, Cell)) {
+    pub(super) fn exact(&self, shard: usize, mut visit: impl FnMut(CellId, Kept)) {
         for entry in self.shards[shard].lock().cells.iter() {
-            if !entry.on_disk || entry.kept() != entry.cell() {
-                visit(entry.id, entry.number, entry.cell());
+            if !entry.is_on_disk() || entry.kept() != entry.cell() {
+                visit(entry.id, Kept { cell: entry.cell(), ..Kept::of(entry) });
             }
         }
     }
@@ -185,19 +199,21 @@ impl Embedded {
     pub(super) fn restore(
         &self,
         id: CellId,
-        number: PolicyNumber,
-        cell: Cell,
+        limiter: &Limiter,
+        kept: &Kept,
         on_disk: bool,
         rewrite: bool,
     ) {
         let mut shard = self.shards[shard_of(id)].lock();
-        let entry = shard.cells.insert(Entry::new(id, number, cell));
-        entry.on_disk = on_disk;
+        let entry = Entry::new(id, limiter.number, kept.cell, kept.is_overflow);
+        let entry = shard.cells.insert(entry);
+        entry.set_on_disk(on_disk);
         if rewrite {
             entry.lagging = Lagging::Write;
             shard.lagging.push(id);
         }
         self.live.fetch_add(1, Ordering::Relaxed);
+        limiter.budget.add(kept.is_overflow);
     }
 
     fn check_alive(&self) -> Result<(), StorageError> {
@@ -210,39 +226,41 @@ impl Embedded {
         locked: &mut Locked<'_>,
         changes: &Changes<'_>,
         room: Option<&mut Room>,
-        now: Time,
+        now: Moment,
     ) -> Result<Option<Durable>, StorageError> {
         let durable = self.durable.load(Ordering::Acquire);
-        let mut kept = ArrayVec::<Kept, MAX_RULES>::new();
-        kept.extend(changes.iter().map(|change| locked.keep(change, durable, now)));
-        let new_marks = kept.iter().filter(|kept| matches!(kept, Kept::Queue(..))).count();
-        let room = room.map(|Room { cells, marks }| (cells, marks));
-        let (mut cells, mut slots) = room.unzip();
+        let mut needs = ArrayVec::<Needs, MAX_RULES>::new();
+        needs.extend(changes.iter().map(|change| locked.needs(change, durable, now)));
+        let new_marks = needs.iter().filter(|needs| matches!(needs, Needs::Mark(..))).count();
+        let mut slots = room.map(|room| &mut room.marks);
         let mut own_slots = None;
         if new_marks > 0 && slots.is_none() {
             slots = Some(own_slots.insert(self.reserve_marks(new_marks)?));
         }
 
         let mut last = None;
-        for (change, kept) in changes.iter().zip(&kept) {
+        for (change, needs) in changes.iter().zip(&needs) {
             let Shard { cells: table, queued, lagging, .. } = &mut *locked.shards[change.shard].1;
+            let number = change.limiter.number;
             let entry = match change.place {
                 Some(place) => table.get_mut(place),
                 None => {
-                    take_one(cells.as_deref_mut(), &self.live);
-                    table.insert(Entry::new(change.id, change.number, change.cell))
+                    self.live.fetch_add(1, Ordering::Relaxed);
+                    change.limiter.budget.add(change.is_overflow);
+                    table.insert(Entry::new(change.id, number, change.cell, change.is_overflow))
                 }
             };
-            entry.set_cell(change.cell);
-            match kept {
-                Kept::Enough => {}
-                Kept::Behind if entry.lagging != Lagging::Not => {}
-                Kept::Behind => {
-                    (entry.lagging, entry.on_disk) = (Lagging::Write, true);
+            entry.set_cell(number, change.cell);
+            match needs {
+                Needs::Nothing => {}
+                Needs::Time if entry.lagging != Lagging::Not => {}
+                Needs::Time => {
+                    entry.lagging = Lagging::Write;
+                    entry.set_on_disk(true);
                     lagging.push(change.id);
                 }
-                Kept::OnItsWay(round) => last = last.max(Some((*round, change.shard))),
-                Kept::Queue(marked, round) => {
+                Needs::Round(round) => last = last.max(Some((*round, change.shard))),
+                Needs::Mark(marked, round) => {
                     entry.set_mark(*marked);
                     if !entry.queued {
                         entry.queued = true;
@@ -277,35 +295,34 @@ fn take_one(reserved: Option<&mut Reservation>, taken: &AtomicUsize) {
 /// A cell that changes under its shard's lock.
 struct Changed<'a> {
     id: CellId,
-    number: PolicyNumber,
-    policy: &'a Policy,
-    keeping: Keeping,
+    limiter: &'a Limiter,
     /// The index of its shard among those that are locked, and where it is there.
     shard: usize,
     place: Option<u32>,
+    is_overflow: bool,
     cell: Cell,
 }
 
 type Changes<'a> = ArrayVec<Changed<'a>, MAX_RULES>;
 
 /// What a changed cell needs of the disk.
-enum Kept {
+enum Needs {
     /// Nothing: it is not kept, or a mark that is durable covers it.
-    Enough,
+    Nothing,
     /// To be written when the writer has time.
-    Behind,
-    /// A round that is not durable yet carries a mark that covers it.
-    OnItsWay(u64),
+    Time,
+    /// That a round is durable which carries a mark that covers it.
+    Round(u64),
     /// A new mark, and the round that will carry it.
-    Queue(Marked, u64),
+    Mark(Marked, u64),
 }
 
 /// How far the next mark of a cell runs ahead: twice as far as one that lasted for less than a second, and
 /// not at all for one that nobody asked for in a while. So a hot key is written about once a second, and a
 /// cold one loses nothing in a crash.
-fn next_step(last: Option<Marked>, now: Time) -> u8 {
+fn next_step(last: Option<Marked>, now: Moment) -> u8 {
     let Some(last) = last else { return 0 };
-    match Duration::from_nanos(now.nanos_since(last.mark.at())) {
+    match Duration::from_nanos(now.time.nanos_since(last.mark.at)) {
         lasted if lasted < limits::MARK_LASTS => (last.step + 1).min(63),
         lasted if lasted < 10 * limits::MARK_LASTS => last.step,
         _ => 0,
@@ -317,111 +334,162 @@ impl Storage for Embedded {
         &self,
         charge: &Charge<'_>,
         room: Option<&mut Room>,
-        now: Time,
-        decision: &mut Decision,
+        now: Moment,
+        decided: &mut Decided,
     ) -> Result<Answer<()>, StorageError> {
-        let mut locked = Locked::new(self, charge.asks.iter().map(|ask| ask.cell));
-        self.check_alive()?;
-        let now = locked.not_before_a_sweep(now);
-
-        let mut found = ArrayVec::<Found, MAX_RULES>::new();
-        let mut cells = Cells::new();
-        let mut rules = Rules::new();
-        for ask in charge.asks {
-            let known = found.iter().position(|found| found.id == ask.cell);
-            let cell = known.unwrap_or_else(|| {
-                let place = locked.find(ask.cell);
-                cells.push(place.cell);
-                found.push(place);
-                found.len() - 1
-            });
-            rules.push(Rule { cell, policy: ask.policy, cost: ask.cost });
-        }
-        let creates =
-            |rule: &&Rule<'_>| cells[rule.cell].is_none() && may_create(rule.policy, rule.cost);
-        if room.is_none() {
-            let new = rules.iter().filter(creates).count();
-            if new > 0 && self.live() + new > self.capacity {
-                return Err(StorageError::Full(self.live()));
+        let mut overflows = charge.asks.iter().any(|ask| self.overflows(ask));
+        loop {
+            let cells = charge.asks.iter().map(|ask| ask.cell);
+            let shared = charge.asks.iter().filter_map(|ask| ask.overflow);
+            let shared = shared.take(if overflows { usize::MAX } else { 0 });
+            let mut locked = Locked::new(self, cells.chain(shared));
+            self.check_alive()?;
+            let now = locked.not_before_a_sweep(now);
+            let mut found = ArrayVec::<Found<'_>, MAX_RULES>::new();
+            let mut cells = Cells::new();
+            let mut rules = Rules::new();
+            for ask in charge.asks {
+                let place = match self.place_of(ask, charge.catalogue, &locked, overflows, now) {
+                    Some(place) => place,
+                    // Somebody else took the last room meanwhile.
+                    None => break,
+                };
+                let known = found.iter().position(|found| found.id == place.id);
+                let (overflow, cell) = (place.is_overflow, known.unwrap_or(found.len()));
+                if known.is_none() {
+                    cells.push(place.cell);
+                    found.push(place);
+                }
+                let policy = &ask.limiter.settings;
+                rules.push(Rule { cell, policy, ask: ask.ask, shadow: ask.shadow, overflow });
             }
-        }
-
-        fusebox_core::apply_to(decision, &rules, charge.charging, &mut cells, now);
-        let mut changes = Changes::new();
-        for (index, (found, after)) in found.iter().zip(&cells).enumerate() {
-            let Some(cell) = after.filter(|_| *after != found.cell) else { continue };
-            let Some(ask) = (rules.iter().zip(charge.asks)).find(|(rule, _)| rule.cell == index)
-            else {
+            if rules.len() < charge.asks.len() {
+                overflows = true;
                 continue;
-            };
-            changes.push(found.changed(ask.1.number, ask.1.policy, ask.1.keeping, cell));
+            }
+            let Decided { decision, charged } = &mut *decided;
+            fusebox_core::apply_to(decision, &rules, charge.charging, &mut cells, now);
+            charged.clear();
+            charged.extend(rules.iter().zip(&decision.verdicts).map(|(rule, verdict)| Charged {
+                cell: found[rule.cell].id,
+                slice: verdict.slice,
+            }));
+            let mut changes = Changes::new();
+            for (found, after) in found.iter().zip(&cells) {
+                if let Some(cell) = after.filter(|_| *after != found.cell) {
+                    changes.push(found.changed(cell));
+                }
+            }
+            let durable = self.write(&mut locked, &changes, room, now)?;
+            return Ok(Answer::new((), durable));
         }
-        let durable = self.write(&mut locked, &changes, room, now)?;
-        Ok(Answer::new((), durable))
     }
 
     fn settle(
         &self,
         settlement: &Settlement<'_>,
-        now: Time,
+        now: Moment,
     ) -> Result<Answer<Settled<Cell>>, StorageError> {
-        let mut locked = Locked::new(self, [settlement.cell]);
+        let Settlement { cell: id, judge, revision, mut known } = *settlement;
+        let mut locked = Locked::new(self, [id]);
         self.check_alive()?;
         let now = locked.not_before_a_sweep(now);
-        let found = locked.find(settlement.cell);
-        let Settlement { number, policy, keeping, charged, actual, .. } = *settlement;
-        let mut cell = found.cell;
-        let settled = fusebox_core::settle(policy, &mut cell, charged, actual, now);
+        let found = locked.find(id, judge.counted_by(&locked, id), judge.catalogue, now);
+        let (mut cell, limiter) = (found.cell, found.limiter);
+        let charged = &judge.limiter.settings;
+        let is_known =
+            charged.is_like_since(revision) && charged.limit.is_like(&limiter.settings.limit);
+        if !is_known {
+            let nothing = Settled { state: cell, refunded: 0, owed: 0, dropped: 0 };
+            return Ok(Answer::Now(nothing));
+        }
+        // Slices of other settings are others.
+        let same = limiter.number == judge.limiter.number && limiter.settings.revision == revision;
+        known.slice = known.slice.filter(|_| same);
+        let settled = fusebox_core::settle(&limiter.settings, &mut cell, known, now);
         let changed = cell.filter(|_| cell != found.cell);
-        let changes =
-            changed.map(|cell| found.changed(number, policy, keeping, cell)).into_iter().collect();
+        let changes = changed.map(|cell| found.changed(cell)).into_iter().collect();
         let durable = self.write(&mut locked, &changes, None, now)?;
-        if settled.refunded > 0 && keeping == Keeping::Marked {
+        if settled.refunded > 0 && limiter.keeping == Keeping::Marked && !limiter.is_concurrency() {
             locked.lower(&found);
         }
         Ok(Answer::new(settled, durable))
     }
 
-    fn reserve(&self, asks: &[CellAsk<'_>]) -> Result<Room, StorageError> {
+    fn change(
+        &self,
+        id: CellId,
+        judge: Judge<'_>,
+        change: &mut dyn FnMut(Cell) -> Option<Cell>,
+        now: Moment,
+    ) -> Result<Answer<bool>, StorageError> {
+        let mut locked = Locked::new(self, [id]);
         self.check_alive()?;
-        let creates = |ask: &&CellAsk<'_>| may_create(ask.policy, ask.cost);
-        let is_new = |ask: &&CellAsk<'_>| {
-            self.shards[shard_of(ask.cell)].lock().cells.place(ask.cell).is_none()
-        };
-        let reserve = |new| Reservation::of(&self.live, new, self.capacity);
-        // Room for all is there nearly always; only where it is not, those that live are told apart.
-        let cells = reserve(asks.iter().filter(creates).count())
-            .or_else(|| reserve(asks.iter().filter(creates).filter(is_new).count()));
-        let marked = |ask: &&CellAsk<'_>| ask.keeping == Keeping::Marked && ask.cost.tokens > 0;
-        Ok(Room {
-            cells: cells.ok_or_else(|| StorageError::Full(self.live()))?,
-            marks: self.reserve_marks(asks.iter().filter(marked).count())?,
-        })
+        let now = locked.not_before_a_sweep(now);
+        let found = locked.find(id, judge.limiter, judge.catalogue, now);
+        let Some(cell) = found.cell.and_then(change) else { return Ok(Answer::Now(false)) };
+        let changes = std::iter::once(found.changed(cell)).collect();
+        let durable = self.write(&mut locked, &changes, None, now)?;
+        if judge.limiter.keeping == Keeping::Marked {
+            locked.lower(&found);
+        }
+        Ok(Answer::new(true, durable))
     }
 
-    fn tend(&self, catalogue: &Catalogue, now: Time) {
-        let next = self.tended.fetch_add(1, Ordering::Relaxed) % limits::CELL_SHARDS;
-        let mut shard = self.shards[next].lock();
-        let Shard { cells, lagging, swept, .. } = &mut *shard;
-        let before = cells.len();
+    fn look(&self, id: CellId, judge: Judge<'_>, now: Moment) -> Option<Cell> {
+        let locked = Locked::new(self, [id]);
+        let now = locked.not_before_a_sweep(now);
+        locked.find(id, judge.limiter, judge.catalogue, now).cell
+    }
+
+    fn reserve(&self, asks: &[CellAsk<'_>]) -> Result<Room, StorageError> {
+        self.check_alive()?;
+        let marked =
+            |ask: &&CellAsk<'_>| ask.limiter.keeping == Keeping::Marked && ask.ask.tokens > 0;
+        Ok(Room { marks: self.reserve_marks(asks.iter().filter(marked).count())? })
+    }
+
+    fn tend(&self, catalogue: &Catalogue, now: Moment) {
         let roomy = self.live() < self.capacity / 2;
-        cells.retain(|entry| {
-            let policy = catalogue.numbered(entry.number);
-            let leaves_at =
-                policy.map_or(Some(now), |policy| policy.settings.leaves_at(entry.cell()));
-            let lingers =
-                if roomy && entry.on_disk { limits::FULL_LINGERS } else { Duration::ZERO };
-            let keep = leaves_at.is_none_or(|leaves_at| leaves_at.after(lingers) > now);
-            if !keep && entry.on_disk && entry.lagging == Lagging::Not {
-                lagging.push(entry.id);
+        let mut left_to_do = limits::SWEPT_PER_ROUND;
+        while left_to_do > 0 {
+            let at = self.tended.load(Ordering::Relaxed) % limits::CELL_SHARDS;
+            let mut shard = self.shards[at].lock();
+            let Shard { cells, lagging, swept, unswept, .. } = &mut *shard;
+            let (before, slice) = (cells.len(), limits::SWEPT_AT_ONCE);
+            let start = if *unswept == 0 { u32::MAX } else { *unswept };
+            *unswept = cells.retain_before(start, slice, |entry| {
+                let limiter = catalogue.numbered(entry.number);
+                let keep = limiter.is_some_and(|limiter| stays(entry, limiter, roomy, now));
+                if keep {
+                    // Permits come and go: only what was not needed for long is lowered.
+                    let is_high = limiter.is_some_and(|limiter| limiter.is_concurrency());
+                    if is_high && entry.exceeds_lowest_mark() && entry.lagging == Lagging::Not {
+                        entry.lagging = Lagging::Lower;
+                        lagging.push(entry.id);
+                    }
+                } else {
+                    if let Some(limiter) = limiter {
+                        limiter.budget.remove(entry.is_overflow());
+                    }
+                    if entry.is_on_disk() && entry.lagging == Lagging::Not {
+                        lagging.push(entry.id);
+                    }
+                }
+                keep
+            });
+            let left = before - cells.len();
+            if left > 0 {
+                *swept = now.max(*swept);
             }
-            keep
-        });
-        let left = before - cells.len();
-        if left > 0 {
-            *swept = now.max(*swept);
+            self.live.fetch_sub(left, Ordering::Relaxed);
+            if *unswept == 0 {
+                self.tended.store(at + 1, Ordering::Relaxed);
+                // A round ends with a shard, however few cells it has: the next one is the next round's.
+                return;
+            }
+            left_to_do = left_to_do.saturating_sub(slice);
         }
-        self.live.fetch_sub(left, Ordering::Relaxed);
     }
 
     fn live(&self) -> usize {
@@ -429,38 +497,96 @@ impl Storage for Embedded {
     }
 }
 
-/// The locks of the shards that some cells live in, taken in the order of the shards: two callers that
-/// want the same ones never wait for each other in a circle.
-struct Locked<'a> {
-    shards: ArrayVec<(usize, MutexGuard<'a, Shard>), MAX_RULES>,
+/// Whether an entry stays: something is owed to it, or it is not full, or was not until lately.
+fn stays(entry: &Entry, limiter: &Limiter, roomy: bool, now: Moment) -> bool {
+    let lingers = if roomy && entry.is_on_disk() { limits::FULL_LINGERS } else { Duration::ZERO };
+    let leaves_at = limiter.settings.leaves_at(entry.cell(), now);
+    leaves_at.is_none_or(|leaves_at| leaves_at.after(lingers) > now.time)
 }
 
-/// A cell, or the lack of one, in a locked shard.
-struct Found {
-    id: CellId,
-    shard: usize,
-    place: Option<u32>,
-    cell: Option<Cell>,
-}
+impl Embedded {
+    /// Whether a new key of the ask's policy may not simply start full.
+    fn overflows(&self, ask: &CellAsk<'_>) -> bool {
+        ask.overflow.is_some() && (ask.limiter.budget.overflows() || self.is_full())
+    }
 
-impl Found {
-    fn changed<'a>(
+    fn is_full(&self) -> bool {
+        self.live() >= self.capacity
+    }
+
+    /// The cell that an ask charges: the key's own, a new one, or the one that keys without share. `None` if
+    /// that one is not locked.
+    fn place_of<'a>(
         &self,
-        number: PolicyNumber,
-        policy: &'a Policy,
-        keeping: Keeping,
-        cell: Cell,
-    ) -> Changed<'a> {
-        let Self { id, shard, place, .. } = *self;
-        Changed { id, number, policy, keeping, shard, place, cell }
+        ask: &CellAsk<'a>,
+        catalogue: &'a Catalogue,
+        locked: &Locked<'_>,
+        overflows: bool,
+        now: Moment,
+    ) -> Option<Found<'a>> {
+        let own = locked.find(ask.cell, ask.limiter, catalogue, now);
+        let Some(overflow) = ask.overflow.filter(|_| own.place.is_none() && self.overflows(ask))
+        else {
+            return Some(own);
+        };
+        if !overflows {
+            return None;
+        }
+        let shared = locked.find(overflow, ask.limiter, catalogue, now);
+        let settings = &ask.limiter.settings;
+        let spent = shared.cell.map_or(0, |cell| settings.limit.spent(settings.current(cell), now));
+        let no_room = ask.limiter.budget.is_full() || self.is_full();
+        // Nobody has permits twice by another name.
+        if no_room || ask.limiter.is_concurrency() && spent > 0 {
+            return Some(Found { is_overflow: true, ..shared });
+        }
+        // A key that comes back from the crowd has spent what all of it has; what is out there is not its own.
+        let copy = shared.cell.filter(|_| spent > 0).map(|cell| Cell {
+            revision: settings.revision,
+            state: settings.limit.revive(settings.current(cell), 0, now),
+        });
+        Some(Found { cell: copy, ..own })
     }
 }
 
-impl<'a> Locked<'a> {
-    fn new(storage: &'a Embedded, ids: impl IntoIterator<Item = CellId>) -> Self {
-        let mut wanted: ArrayVec<usize, MAX_RULES> = ids.into_iter().map(shard_of).collect();
+impl<'a> Judge<'a> {
+    /// The limiter that a cell is counted by: another one if the key was moved by a change of overrides.
+    fn counted_by(&self, locked: &Locked<'_>, id: CellId) -> &'a Limiter {
+        let number = locked.number(id);
+        let other = number.and_then(|number| self.catalogue.numbered(number));
+        other.map_or(self.limiter, |other| other)
+    }
+}
+
+/// The locks of the shards that some cells live in, taken in the order of the shards: two callers that
+/// want the same ones never wait for each other in a circle.
+struct Locked<'a> {
+    shards: ArrayVec<(usize, MutexGuard<'a, Shard>), { 2 * MAX_RULES }>,
+}
+
+/// A cell, or the lack of one, in a locked shard.
+struct Found<'a> {
+    id: CellId,
+    limiter: &'a Limiter,
+    shard: usize,
+    place: Option<u32>,
+    is_overflow: bool,
+    cell: Option<Cell>,
+}
+
+impl<'a> Found<'a> {
+    fn changed(&self, cell: Cell) -> Changed<'a> {
+        let Self { id, limiter, shard, place, is_overflow, .. } = *self;
+        Changed { id, limiter, shard, place, is_overflow, cell }
+    }
+}
+
+impl<'l> Locked<'l> {
+    fn new(storage: &'l Embedded, ids: impl IntoIterator<Item = CellId>) -> Self {
+        let mut wanted: ArrayVec<usize, { 2 * MAX_RULES }> =
+            ids.into_iter().map(shard_of).collect();
         wanted.sort_unstable();
-        let mut shards = ArrayVec::<(usize, MutexGuard<'a, Shard>), MAX_RULES>::new();
+        let mut shards = ArrayVec::<(usize, MutexGuard<'l, Shard>), { 2 * MAX_RULES }>::new();
         for index in wanted {
             if shards.last().is_none_or(|(last, _)| *last != index) {
                 shards.push((index, storage.shards[index].lock()));
@@ -469,25 +595,53 @@ impl<'a> Locked<'a> {
         Self { shards }
     }
 
-    /// `now`, or the latest sweep of these shards.
-    fn not_before_a_sweep(&self, now: Time) -> Time {
-        self.shards.iter().fold(now, |now, (_, shard)| now.max(shard.swept))
+    /// `now`, or the latest sweep of these shards. A wall clock that was far ahead then was wrong.
+    fn not_before_a_sweep(&self, now: Moment) -> Moment {
+        self.shards.iter().fold(now, |now, (_, shard)| {
+            let ahead = Duration::from_nanos(shard.swept.wall.nanos_since(now.wall));
+            let wall = if ahead <= limits::WALL_STEP { shard.swept.wall } else { now.wall };
+            now.max(Moment { wall, ..shard.swept })
+        })
     }
 
-    /// Where a cell is.
+    /// The shard of a cell, and where it is there.
     ///
     /// # Panics
     /// If its shard is not locked.
-    fn find(&self, id: CellId) -> Found {
+    fn place(&self, id: CellId) -> (usize, Option<u32>) {
         let (wanted, mut shards) = (shard_of(id), self.shards.iter());
         let shard = shards.position(|(index, _)| *index == wanted).unwrap_or(usize::MAX);
-        let cells = &self.shards[shard].1.cells;
-        let place = cells.place(id);
-        Found { id, shard, place, cell: place.map(|place| cells.get(place).cell()) }
+        (shard, self.shards[shard].1.cells.place(id))
+    }
+
+    fn number(&self, id: CellId) -> Option<LimiterNumber> {
+        let (shard, place) = self.place(id);
+        place.map(|place| self.shards[shard].1.cells.get(place).number)
+    }
+
+    /// A cell in the terms of a limiter: one that was counted by another goes on with what it had spent.
+    fn find<'a>(
+        &self,
+        id: CellId,
+        limiter: &'a Limiter,
+        catalogue: &Catalogue,
+        now: Moment,
+    ) -> Found<'a> {
+        let (shard, place) = self.place(id);
+        let entry = place.map(|place| self.shards[shard].1.cells.get(place));
+        let cell = entry.map(|entry| {
+            let other = (entry.number != limiter.number).then(|| catalogue.numbered(entry.number));
+            match other.flatten() {
+                Some(other) => limiter.settings.adopted(entry.cell(), &other.settings, now),
+                None => entry.cell(),
+            }
+        });
+        let is_overflow = entry.is_some_and(Entry::is_overflow);
+        Found { id, limiter, shard, place, is_overflow, cell }
     }
 
     /// Has the mark of a cell lowered when the writer has time: a crash must not take what came back.
-    fn lower(&mut self, found: &Found) {
+    fn lower(&mut self, found: &Found<'_>) {
         let Shard { cells, lagging, .. } = &mut *self.shards[found.shard].1;
         let Some(entry) = found.place.map(|place| cells.get_mut(place)) else { return };
         if std::mem::replace(&mut entry.lagging, Lagging::Lower) == Lagging::Not {
@@ -496,38 +650,37 @@ impl<'a> Locked<'a> {
     }
 
     /// What a changed cell needs of the disk.
-    fn keep(&self, change: &Changed<'_>, durable: u64, now: Time) -> Kept {
-        match change.keeping {
-            Keeping::AtStop => return Kept::Enough,
-            Keeping::Behind => return Kept::Behind,
+    fn needs(&self, change: &Changed<'_>, durable: u64, now: Moment) -> Needs {
+        match change.limiter.keeping {
+            Keeping::AtStop => return Needs::Nothing,
+            Keeping::Behind => return Needs::Time,
             Keeping::Marked => {}
         }
         let shard = &self.shards[change.shard].1;
         let entry = change.place.map(|place| shard.cells.get(place));
-        let entry = entry.filter(|entry| entry.cell().revision == change.cell.revision);
+        let is_comparable = |entry: &&Entry| {
+            entry.number == change.limiter.number && entry.cell().revision == change.cell.revision
+        };
+        let entry = entry.filter(is_comparable);
         let last = entry.and_then(Entry::mark);
-        let (limit, state) = (&change.policy.limit, change.cell.state);
-        if let Some(last) = last.filter(|last| limit.covers(last.mark, state)) {
+        let (limit, state) = (&change.limiter.settings.limit, change.cell.state);
+        let before = entry.map_or(state, |entry| entry.cell().state);
+        if let Some(last) = last.filter(|last| limit.covers(last.mark, before, state)) {
             // What is not durable is in one of the next two rounds: the one that is being written and the
             // one after it.
             #[allow(clippy::cast_possible_truncation)]
             return match last.round.wrapping_sub(durable as u32) {
-                ahead @ 1..=2 => Kept::OnItsWay(durable + u64::from(ahead)),
-                _ => Kept::Enough,
+                ahead @ 1..=2 => Needs::Round(durable + u64::from(ahead)),
+                _ => Needs::Nothing,
             };
         }
         let step = next_step(last, now);
         let tokens = if step == 0 { 0 } else { (1 << step).min(limit.max_step()) };
         let round = shard.taken + 1;
         #[allow(clippy::cast_possible_truncation)]
-        let marked = Marked { mark: limit.mark(state, tokens), round: round as u32, step };
-        Kept::Queue(marked, round)
+        let marked = Marked { mark: limit.mark(state, tokens, now), round: round as u32, step };
+        Needs::Mark(marked, round)
     }
-}
-
-/// A peek creates nothing, and neither does what can never be granted.
-fn may_create(policy: &Policy, cost: Cost) -> bool {
-    (1..=policy.limit.capacity()).contains(&cost.tokens)
 }
 
 /// The id is a hash already: one half chooses the shard, the other the place in its table.

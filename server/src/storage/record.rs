@@ -3,20 +3,20 @@
 use std::time::Duration;
 
 use fusebox_core::{
-    Cell, Former, Formers, Limit, MAX_FORMERS, Policy, State, Time, TokenBucket, saturating_nanos,
-    token_bucket,
+    Cell, Concurrency, Former, Formers, Limit, MAX_FORMERS, Moment, Policy, RetryBudget,
+    SlidingWindow, State, Time, TokenBucket, Wall, WindowLimit, concurrency, retry_budget,
+    saturating_nanos, sliding_window, token_bucket, window,
 };
 use prost::{Message, Oneof};
 
-use super::OpenGrant;
+use super::{Holds, OpenGrant, OpenPart, embedded::Kept};
 use crate::{
     app::GrantId,
-    catalogue::{CellId, PolicyNumber},
-    clock::ClockPair,
+    catalogue::{CellId, LimiterNumber},
 };
 
 /// Version of these records and their keys. A data directory of another version is not opened.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 
 /// Facts of the data directory itself: one record.
 #[derive(Clone, PartialEq, Message)]
@@ -29,9 +29,9 @@ pub(super) struct Directory {
     /// Number of the latest start.
     #[prost(uint64, tag = "3")]
     pub(super) boot: u64,
-    /// Number that the next policy gets.
+    /// Number that the next limiter gets.
     #[prost(uint32, tag = "4")]
-    pub(super) next_policy: u32,
+    pub(super) next_limiter: u32,
 }
 
 /// The last commit: its number, and its moment on both clocks. Part of every commit.
@@ -54,8 +54,19 @@ pub(super) struct CleanStop {
 }
 
 /// An open grant, written by a clean stop.
-#[derive(Clone, Copy, PartialEq, Message)]
+#[derive(Clone, PartialEq, Message)]
 pub(super) struct GrantRecord {
+    #[prost(string, tag = "7")]
+    client: String,
+    #[prost(message, repeated, tag = "8")]
+    parts: Vec<PartRecord>,
+    /// The start that wrote it: beside the clean stop of another it says nothing.
+    #[prost(uint64, tag = "6")]
+    pub(super) exact_of: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct PartRecord {
     #[prost(uint32, tag = "1")]
     number: u32,
     #[prost(fixed64, tag = "2")]
@@ -63,17 +74,23 @@ pub(super) struct GrantRecord {
     #[prost(fixed64, tag = "3")]
     cell_low: u64,
     #[prost(uint64, tag = "4")]
-    amount: u64,
+    charged: u64,
     #[prost(uint64, tag = "5")]
     expires_at_nanos: u64,
-    /// The start that wrote it: beside the clean stop of another it says nothing.
     #[prost(uint64, tag = "6")]
-    pub(super) exact_of: u64,
+    told: u64,
+    #[prost(uint64, tag = "7")]
+    slice: u64,
+    #[prost(uint32, tag = "8")]
+    revision: u32,
+    /// 0 is an estimate, 1 a lease, 2 a permit.
+    #[prost(uint32, tag = "9")]
+    holds: u32,
 }
 
-/// A policy: what its cells call it, and the settings they were counted in.
+/// A limiter: what its cells call it, and the settings they were counted in.
 #[derive(Clone, PartialEq, Message)]
-pub(super) struct PolicyRecord {
+pub(super) struct LimiterRecord {
     #[prost(string, tag = "1")]
     pub(super) namespace: String,
     #[prost(string, tag = "2")]
@@ -94,6 +111,13 @@ pub(super) struct PolicyRecord {
     /// What a cell that is not there is, if not full.
     #[prost(message, optional, tag = "9")]
     absent: Option<CellRecord>,
+    /// Which keys of the policy it is for: all that no override names if empty, one if it begins with `=`,
+    /// those of a prefix if with `^`.
+    #[prost(string, tag = "10")]
+    pub(super) keys: String,
+    /// Which of several limits on a key.
+    #[prost(uint32, tag = "11")]
+    pub(super) index: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -104,11 +128,13 @@ struct FormerRecord {
     limit: Option<LimitRecord>,
     #[prost(uint64, tag = "3")]
     until_nanos: u64,
+    #[prost(uint64, tag = "4")]
+    until_wall_nanos: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
 struct LimitRecord {
-    #[prost(oneof = "KindRecord", tags = "1")]
+    #[prost(oneof = "KindRecord", tags = "1, 2, 3, 4, 5, 6")]
     kind: Option<KindRecord>,
 }
 
@@ -116,6 +142,35 @@ struct LimitRecord {
 enum KindRecord {
     #[prost(message, tag = "1")]
     TokenBucket(TokenBucketRecord),
+    #[prost(message, tag = "2")]
+    FixedWindow(PeriodRecord),
+    #[prost(message, tag = "3")]
+    CalendarWindow(PeriodRecord),
+    #[prost(message, tag = "4")]
+    SlidingWindow(PeriodRecord),
+    #[prost(message, tag = "5")]
+    Concurrency(PeriodRecord),
+    #[prost(message, tag = "6")]
+    RetryBudget(RetryBudgetRecord),
+}
+
+/// A limit and the time that it is about.
+#[derive(Clone, Copy, PartialEq, Message)]
+struct PeriodRecord {
+    #[prost(uint64, tag = "1")]
+    limit: u64,
+    #[prost(uint64, tag = "2")]
+    nanos: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct RetryBudgetRecord {
+    #[prost(uint32, tag = "1")]
+    ratio_per_mille: u32,
+    #[prost(uint32, tag = "2")]
+    min_per_second: u32,
+    #[prost(uint64, tag = "3")]
+    ttl_nanos: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -128,24 +183,35 @@ struct TokenBucketRecord {
     burst: u64,
 }
 
-/// A cell of the policy of that number: an upper bound of what it has spent.
-#[derive(Clone, Copy, PartialEq, Message)]
+/// A cell of the limiter of that number: an upper bound of what it has spent.
+#[derive(Clone, PartialEq, Message)]
 pub(super) struct CellRecord {
     #[prost(uint32, tag = "1")]
     pub(super) number: u32,
     #[prost(uint32, tag = "2")]
     revision: u32,
-    #[prost(oneof = "StateRecord", tags = "3")]
+    #[prost(oneof = "StateRecord", tags = "3, 5, 6, 7, 8")]
     state: Option<StateRecord>,
+    /// Many keys share it.
+    #[prost(bool, tag = "9")]
+    is_overflow: bool,
     /// The start whose clean stop wrote it, if one did. Beside the record of that stop it is exact.
     #[prost(uint64, tag = "4")]
     pub(super) exact_of: u64,
 }
 
-#[derive(Clone, Copy, PartialEq, Oneof)]
+#[derive(Clone, PartialEq, Oneof)]
 enum StateRecord {
     #[prost(message, tag = "3")]
     TokenBucket(TokenBucketState),
+    #[prost(message, tag = "5")]
+    Window(WindowState),
+    #[prost(message, tag = "6")]
+    SlidingWindow(SlidingWindowState),
+    #[prost(message, tag = "7")]
+    Concurrency(ConcurrencyState),
+    #[prost(message, tag = "8")]
+    RetryBudget(RetryBudgetState),
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -158,38 +224,77 @@ struct TokenBucketState {
     at_nanos: u64,
 }
 
+#[derive(Clone, Copy, PartialEq, Message)]
+struct WindowState {
+    #[prost(uint64, tag = "1")]
+    spent: u64,
+    #[prost(uint64, tag = "2")]
+    start_nanos: u64,
+    #[prost(uint64, tag = "3")]
+    end_nanos: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct SlidingWindowState {
+    #[prost(uint32, repeated, tag = "1")]
+    counts: Vec<u32>,
+    #[prost(uint64, tag = "2")]
+    newest: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct ConcurrencyState {
+    #[prost(uint64, tag = "1")]
+    held: u64,
+    #[prost(uint64, tag = "2")]
+    anonymous: u64,
+    #[prost(uint64, tag = "3")]
+    until_nanos: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct RetryBudgetState {
+    #[prost(sint32, repeated, tag = "1")]
+    balances: Vec<i32>,
+    #[prost(uint64, tag = "2")]
+    newest: u64,
+}
+
 impl CommitRecord {
-    pub(super) fn of(number: u64, pair: ClockPair) -> Self {
-        let (server_nanos, wall_nanos) = (pair.server.as_nanos(), saturating_nanos(pair.wall));
-        Self { server_nanos, wall_nanos, number }
+    pub(super) fn of(number: u64, at: Moment) -> Self {
+        Self { server_nanos: at.time.as_nanos(), wall_nanos: at.wall.as_nanos(), number }
     }
 
-    pub(super) fn pair(self) -> ClockPair {
-        ClockPair {
-            server: Time::from_nanos(self.server_nanos),
-            wall: Duration::from_nanos(self.wall_nanos),
+    pub(super) fn at(self) -> Moment {
+        Moment {
+            time: Time::from_nanos(self.server_nanos),
+            wall: Wall::from_nanos(self.wall_nanos),
         }
     }
 }
 
-impl PolicyRecord {
+impl LimiterRecord {
     pub(super) fn of(
-        namespace: &str,
-        name: &str,
-        number: PolicyNumber,
+        (namespace, name): (&str, &str),
+        (keys, index): (&str, u32),
+        number: LimiterNumber,
         policy: &Policy,
         fast: bool,
     ) -> Self {
         Self {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
+            keys: keys.to_owned(),
+            index,
             number: number.0,
             revision: policy.revision,
             limit: Some(LimitRecord::of(&policy.limit)),
             max_debt: policy.max_debt,
             formers: policy.formers.iter().map(FormerRecord::of).collect(),
             fast,
-            absent: policy.absent.map(|cell| CellRecord::of(number, cell)),
+            absent: policy
+                .absent
+                .map(|cell| CellRecord::of(&Kept { number, cell, is_overflow: false })),
         }
     }
 
@@ -203,7 +308,7 @@ impl PolicyRecord {
             revision: self.revision,
             max_debt: self.max_debt,
             formers: self.formers.iter().map(FormerRecord::former).collect::<Option<Formers>>()?,
-            absent: match self.absent {
+            absent: match &self.absent {
                 Some(absent) => Some(absent.cell()?),
                 None => None,
             },
@@ -216,90 +321,213 @@ impl FormerRecord {
         Self {
             revision: former.revision,
             limit: Some(LimitRecord::of(&former.limit)),
-            until_nanos: former.until.as_nanos(),
+            until_nanos: former.until.time.as_nanos(),
+            until_wall_nanos: former.until.wall.as_nanos(),
         }
     }
 
     fn former(&self) -> Option<Former> {
-        Some(Former {
-            revision: self.revision,
-            limit: self.limit?.limit()?,
-            until: Time::from_nanos(self.until_nanos),
-        })
+        let until = Moment {
+            time: Time::from_nanos(self.until_nanos),
+            wall: Wall::from_nanos(self.until_wall_nanos),
+        };
+        Some(Former { revision: self.revision, limit: self.limit?.limit()?, until })
     }
 }
 
 impl LimitRecord {
     fn of(limit: &Limit) -> Self {
-        let Limit::TokenBucket(bucket) = limit;
-        let kind = KindRecord::TokenBucket(TokenBucketRecord {
-            limit: bucket.limit(),
-            per_nanos: bucket.per_nanos(),
-            burst: bucket.burst(),
-        });
+        let period = |limit, time| PeriodRecord { limit, nanos: saturating_nanos(time) };
+        let kind = match limit {
+            Limit::TokenBucket(bucket) => KindRecord::TokenBucket(TokenBucketRecord {
+                limit: bucket.limit(),
+                per_nanos: bucket.per_nanos(),
+                burst: bucket.burst(),
+            }),
+            Limit::Window(window) => {
+                let record = period(window.limit(), window.longest());
+                match window.period() {
+                    window::Period::Fixed(_) => KindRecord::FixedWindow(record),
+                    window::Period::Calendar(_) => KindRecord::CalendarWindow(record),
+                }
+            }
+            Limit::SlidingWindow(window) => {
+                KindRecord::SlidingWindow(period(window.limit(), window.per()))
+            }
+            Limit::Concurrency(permits) => {
+                KindRecord::Concurrency(period(permits.limit(), permits.ttl()))
+            }
+            Limit::RetryBudget(budget) => KindRecord::RetryBudget(RetryBudgetRecord {
+                ratio_per_mille: budget.ratio_per_mille().into(),
+                min_per_second: budget.min_per_second(),
+                ttl_nanos: saturating_nanos(budget.ttl()),
+            }),
+        };
         Self { kind: Some(kind) }
     }
 
     fn limit(self) -> Option<Limit> {
-        let KindRecord::TokenBucket(TokenBucketRecord { limit, per_nanos, burst }) = self.kind?;
-        TokenBucket::new(limit, Duration::from_nanos(per_nanos), burst).ok().map(Limit::TokenBucket)
+        let time = |period: PeriodRecord| Duration::from_nanos(period.nanos);
+        Some(match self.kind? {
+            KindRecord::TokenBucket(TokenBucketRecord { limit, per_nanos, burst }) => {
+                let per = Duration::from_nanos(per_nanos);
+                Limit::TokenBucket(TokenBucket::new(limit, per, burst).ok()?)
+            }
+            KindRecord::FixedWindow(period) => {
+                Limit::Window(WindowLimit::fixed(period.limit, time(period)).ok()?)
+            }
+            KindRecord::CalendarWindow(period) => {
+                Limit::Window(WindowLimit::calendar(period.limit, time(period)).ok()?)
+            }
+            KindRecord::SlidingWindow(period) => {
+                Limit::SlidingWindow(SlidingWindow::new(period.limit, time(period)).ok()?)
+            }
+            KindRecord::Concurrency(period) => {
+                Limit::Concurrency(Concurrency::new(period.limit, time(period)).ok()?)
+            }
+            KindRecord::RetryBudget(budget) => {
+                let ratio = u16::try_from(budget.ratio_per_mille).ok()?;
+                let ttl = Duration::from_nanos(budget.ttl_nanos);
+                Limit::RetryBudget(RetryBudget::new(ratio, budget.min_per_second, ttl).ok()?)
+            }
+        })
     }
 }
 
 impl CellRecord {
     /// What is out is not written: what a crash interrupts stays charged, and what a clean stop leaves open
     /// is known by its grants.
-    pub(super) fn of(number: PolicyNumber, cell: Cell) -> Self {
-        let State::TokenBucket(state) = cell.state;
-        let state = StateRecord::TokenBucket(TokenBucketState {
-            spent: state.spent,
-            remainder: state.remainder,
-            at_nanos: state.at.as_nanos(),
-        });
-        Self { number: number.0, revision: cell.revision, state: Some(state), exact_of: 0 }
+    pub(super) fn of(Kept { number, cell, is_overflow }: &Kept) -> Self {
+        let state = match cell.state {
+            State::TokenBucket(state) => StateRecord::TokenBucket(TokenBucketState {
+                spent: state.spent,
+                remainder: state.remainder,
+                at_nanos: state.at.as_nanos(),
+            }),
+            State::Window(state) => StateRecord::Window(WindowState {
+                spent: state.spent,
+                start_nanos: state.start.as_nanos(),
+                end_nanos: state.end.as_nanos(),
+            }),
+            State::SlidingWindow(state) => StateRecord::SlidingWindow(SlidingWindowState {
+                counts: state.counts.to_vec(),
+                newest: state.newest(),
+            }),
+            State::Concurrency(state) => StateRecord::Concurrency(ConcurrencyState {
+                held: state.held,
+                anonymous: state.anonymous,
+                until_nanos: state.until.as_nanos(),
+            }),
+            State::RetryBudget(state) => StateRecord::RetryBudget(RetryBudgetState {
+                balances: state.balances.to_vec(),
+                newest: state.newest(),
+            }),
+        };
+        let state = Some(state);
+        Self {
+            number: number.0,
+            revision: cell.revision,
+            state,
+            is_overflow: *is_overflow,
+            exact_of: 0,
+        }
     }
 
     /// The cell as a clean stop of that start leaves it.
-    pub(super) fn exact(number: PolicyNumber, cell: Cell, boot: u64) -> Self {
-        Self { exact_of: boot, ..Self::of(number, cell) }
+    pub(super) fn exact(kept: &Kept, boot: u64) -> Self {
+        Self { exact_of: boot, ..Self::of(kept) }
+    }
+
+    /// The cell and whose it is; `None` if the record makes no sense.
+    pub(super) fn kept(&self) -> Option<Kept> {
+        let number = LimiterNumber(self.number);
+        Some(Kept { number, cell: self.cell()?, is_overflow: self.is_overflow })
     }
 
     /// The cell with nothing out; `None` if the record makes no sense.
-    pub(super) fn cell(self) -> Option<Cell> {
-        let StateRecord::TokenBucket(state) = self.state?;
-        let TokenBucketState { spent, remainder, at_nanos } = state;
-        // More than a burst and as much debt, or than a part of one token: no cell has that.
-        if spent > 2 * token_bucket::MAX_TOKENS
-            || remainder >= saturating_nanos(token_bucket::MAX_PER)
-        {
-            return None;
-        }
-        let at = Time::from_nanos(at_nanos);
-        let state = token_bucket::State { spent, remainder, out: 0, at };
-        Some(Cell { revision: self.revision, state: State::TokenBucket(state) })
+    fn cell(&self) -> Option<Cell> {
+        // More than a limit and as much debt: no cell has that.
+        let sane = |tokens: u64| tokens <= 2 * token_bucket::MAX_TOKENS;
+        let state = match self.state.as_ref()? {
+            StateRecord::TokenBucket(TokenBucketState { spent, remainder, at_nanos }) => {
+                // Nor a part of a token that is longer than a period.
+                if !sane(*spent) || *remainder >= saturating_nanos(token_bucket::MAX_PER) {
+                    return None;
+                }
+                State::TokenBucket(token_bucket::State {
+                    spent: *spent,
+                    remainder: *remainder,
+                    out: 0,
+                    at: Time::from_nanos(*at_nanos),
+                })
+            }
+            StateRecord::Window(state) => State::Window(window::State {
+                spent: Some(state.spent).filter(|spent| sane(*spent))?,
+                start: Wall::from_nanos(state.start_nanos),
+                end: Wall::from_nanos(state.end_nanos),
+            }),
+            StateRecord::SlidingWindow(state) => {
+                let counts = state.counts.as_slice().try_into().ok()?;
+                State::SlidingWindow(sliding_window::State::new(counts, state.newest))
+            }
+            StateRecord::Concurrency(state) => {
+                if !sane(state.held) || !sane(state.anonymous) {
+                    return None;
+                }
+                let until = Time::from_nanos(state.until_nanos);
+                let ConcurrencyState { held, anonymous, .. } = *state;
+                State::Concurrency(concurrency::State { held, anonymous, until })
+            }
+            StateRecord::RetryBudget(state) => {
+                let balances = state.balances.as_slice().try_into().ok()?;
+                State::RetryBudget(retry_budget::State::new(balances, state.newest))
+            }
+        };
+        Some(Cell { revision: self.revision, state })
     }
 }
 
 impl GrantRecord {
     pub(super) fn of(grant: &OpenGrant, boot: u64) -> Self {
-        Self {
-            number: grant.number.0,
-            cell_high: grant.cell.0[0],
-            cell_low: grant.cell.0[1],
-            amount: grant.amount,
-            expires_at_nanos: grant.expires_at.as_nanos(),
-            exact_of: boot,
-        }
+        let parts = grant.parts.iter().map(|part| PartRecord {
+            number: part.number.0,
+            cell_high: part.cell.0[0],
+            cell_low: part.cell.0[1],
+            charged: part.charged,
+            expires_at_nanos: part.expires_at.as_nanos(),
+            told: part.told,
+            slice: part.slice,
+            revision: part.revision,
+            holds: match part.holds {
+                Holds::Estimate => 0,
+                Holds::Lease => 1,
+                Holds::Permit => 2,
+            },
+        });
+        Self { client: grant.client.clone(), parts: parts.collect(), exact_of: boot }
     }
 
-    pub(super) fn grant(self, id: GrantId) -> OpenGrant {
-        OpenGrant {
-            id,
-            number: PolicyNumber(self.number),
-            cell: CellId([self.cell_high, self.cell_low]),
-            amount: self.amount,
-            expires_at: Time::from_nanos(self.expires_at_nanos),
-        }
+    /// The grant; `None` if the record makes no sense.
+    pub(super) fn grant(&self, id: GrantId) -> Option<OpenGrant> {
+        let part = |part: &PartRecord| {
+            Some(OpenPart {
+                holds: match part.holds {
+                    0 => Holds::Estimate,
+                    1 => Holds::Lease,
+                    2 => Holds::Permit,
+                    _ => return None,
+                },
+                number: LimiterNumber(part.number),
+                revision: part.revision,
+                cell: CellId([part.cell_high, part.cell_low]),
+                slice: part.slice,
+                charged: part.charged,
+                told: part.told,
+                expires_at: Time::from_nanos(part.expires_at_nanos),
+            })
+        };
+        let parts = self.parts.iter().map(part).collect::<Option<Vec<_>>>()?;
+        Some(OpenGrant { id, client: self.client.clone(), parts })
     }
 }
 

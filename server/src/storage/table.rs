@@ -5,16 +5,16 @@ use std::num::NonZeroU8;
 use fusebox_core::{Cell, Mark, State};
 use hashbrown::{HashTable, hash_table};
 
-use crate::catalogue::{CellId, PolicyNumber};
+use crate::catalogue::{CellId, LimiterNumber};
 
 /// Entries that are allocated together: few enough that a shard wastes little, many enough that the
 /// allocator adds nothing.
 const CHUNK: usize = 64;
 
-/// A cell, and what of it is on disk. 80 bytes; every one more is ten megabytes at ten million keys.
+/// A cell, and what of it is on disk. 88 bytes; every one more is ten megabytes at ten million keys.
 pub(super) struct Entry {
     pub(super) id: CellId,
-    pub(super) number: PolicyNumber,
+    pub(super) number: LimiterNumber,
     revision: u32,
     state: State,
     mark: Mark,
@@ -27,23 +27,28 @@ pub(super) struct Entry {
     pub(super) queued: bool,
     /// What the writer is to do with the cell when it has time.
     pub(super) lagging: Lagging,
-    /// A record of the cell is on disk, or will be.
-    pub(super) on_disk: bool,
+    flags: u8,
 }
 
+/// A record of the cell is on disk, or will be.
+const ON_DISK: u8 = 1;
+
+/// Many keys share the cell.
+const OVERFLOW: u8 = 2;
+
 impl Entry {
-    pub(super) fn new(id: CellId, number: PolicyNumber, cell: Cell) -> Self {
+    pub(super) fn new(id: CellId, number: LimiterNumber, cell: Cell, is_overflow: bool) -> Self {
         Self {
             id,
             number,
             revision: cell.revision,
             state: cell.state,
-            mark: Mark::TokenBucket(fusebox_core::token_bucket::Mark::default()),
+            mark: Mark::default(),
             round: 0,
             above_step: None,
             queued: false,
             lagging: Lagging::Not,
-            on_disk: false,
+            flags: if is_overflow { OVERFLOW } else { 0 },
         }
     }
 
@@ -51,8 +56,20 @@ impl Entry {
         Cell { revision: self.revision, state: self.state }
     }
 
-    pub(super) fn set_cell(&mut self, cell: Cell) {
-        (self.revision, self.state) = (cell.revision, cell.state);
+    pub(super) fn set_cell(&mut self, number: LimiterNumber, cell: Cell) {
+        (self.number, self.revision, self.state) = (number, cell.revision, cell.state);
+    }
+
+    pub(super) fn is_on_disk(&self) -> bool {
+        self.flags & ON_DISK != 0
+    }
+
+    pub(super) fn set_on_disk(&mut self, on_disk: bool) {
+        self.flags = self.flags & !ON_DISK | if on_disk { ON_DISK } else { 0 };
+    }
+
+    pub(super) fn is_overflow(&self) -> bool {
+        self.flags & OVERFLOW != 0
     }
 
     /// The mark that is on disk, or on its way there.
@@ -62,18 +79,24 @@ impl Entry {
     }
 
     pub(super) fn set_mark(&mut self, Marked { mark, round, step }: Marked) {
-        (self.mark, self.round, self.on_disk) = (mark, round, true);
+        (self.mark, self.round) = (mark, round);
+        self.set_on_disk(true);
         self.above_step = Some(NonZeroU8::MIN.saturating_add(step));
+    }
+
+    /// Whether there is a mark that covers more than the present state.
+    pub(super) fn exceeds_lowest_mark(&self) -> bool {
+        self.above_step.is_some() && self.mark.spent > self.state.lowest_mark(self.mark.at).spent
     }
 
     /// The mark, if there is one, covers the present state and nothing more; that round carries it.
     pub(super) fn lower_mark(&mut self, round: u32) {
-        (self.mark, self.round) = (self.state.into(), round);
+        (self.mark, self.round) = (self.state.lowest_mark(self.mark.at), round);
     }
 
     /// What is to be on disk of the cell while it lives.
     pub(super) fn kept(&self) -> Cell {
-        let state = if self.above_step.is_some() { self.mark.into() } else { self.state };
+        let state = if self.above_step.is_some() { self.state.kept(self.mark) } else { self.state };
         Cell { revision: self.revision, state }
     }
 }
@@ -150,15 +173,24 @@ impl Table {
         self.chunks.iter().flatten()
     }
 
-    /// Removes every entry that `keep` does not want.
-    pub(super) fn retain(&mut self, mut keep: impl FnMut(&Entry) -> bool) {
-        // From the end, so that the one that fills a gap has been looked at.
+    /// Looks at the `most` entries before `end` and removes those that `keep` does not want. Where it is to go
+    /// on: 0 when all have been looked at.
+    pub(super) fn retain_before(
+        &mut self,
+        end: u32,
+        most: u32,
+        mut keep: impl FnMut(&mut Entry) -> bool,
+    ) -> u32 {
         #[allow(clippy::cast_possible_truncation)]
-        for place in (0..self.len() as u32).rev() {
-            if !keep(self.get(place)) {
+        let end = end.min(self.len() as u32);
+        let start = end.saturating_sub(most);
+        // From the end, so that the one that fills a gap has been looked at.
+        for place in (start..end).rev() {
+            if !keep(self.get_mut(place)) {
                 self.remove(place);
             }
         }
+        start
     }
 
     /// The last entry moves to where the removed one was.
@@ -204,12 +236,12 @@ mod tests {
     fn entry(id: u64) -> Entry {
         let state = token_bucket::State { spent: id, remainder: 0, out: 0, at: Time::ZERO };
         let cell = Cell { revision: 1, state: State::TokenBucket(state) };
-        Entry::new(CellId([0, id]), PolicyNumber(0), cell)
+        Entry::new(CellId([0, id]), LimiterNumber(0), cell, false)
     }
 
     #[test]
     fn an_entry_stays_small() {
-        assert_eq!(size_of::<Entry>(), 80);
+        assert_eq!(size_of::<Entry>(), 88);
     }
 
     #[test]
@@ -219,7 +251,10 @@ mod tests {
             table.insert(entry(id));
         }
         for keep in [3, 5, 7, 1_001] {
-            table.retain(|entry| entry.id.0[1] % keep != 0);
+            let mut place = u32::MAX;
+            while place > 0 {
+                place = table.retain_before(place, 100, |entry| entry.id.0[1] % keep != 0);
+            }
         }
         for id in 0..1_000 {
             let kept = [3, 5, 7].iter().all(|keep| id % keep != 0) && id % 1_001 != 0;
@@ -227,7 +262,7 @@ mod tests {
             assert_eq!(found, kept.then_some(id));
         }
         assert_eq!(table.iter().count(), table.len());
-        table.retain(|_| false);
+        table.retain_before(u32::MAX, u32::MAX, |_| false);
         assert_eq!((table.len(), table.chunks.len()), (0, 0));
     }
 }

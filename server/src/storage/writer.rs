@@ -76,7 +76,7 @@ impl Numbered {
 
     pub(super) fn commit(&mut self, mut batch: Batch) -> Result<(), JournalError> {
         self.commit += 1;
-        let record = CommitRecord::of(self.commit, self.clock.pair());
+        let record = CommitRecord::of(self.commit, self.clock.now());
         batch.put(Keyspace::Meta, COMMIT, record.encode_to_vec());
         self.journal.commit(batch)
     }
@@ -150,7 +150,7 @@ impl Writer {
     pub fn catch_up(&mut self) {
         if self.behind.is_empty() {
             self.behind = 0..self.cells.shards();
-            self.caught_up = self.journal.clock.now();
+            self.caught_up = self.journal.clock.time();
         }
     }
 
@@ -184,8 +184,8 @@ impl Writer {
             }))?;
             for shard in 0..writer.cells.shards() {
                 let mut records = Vec::new();
-                writer.cells.exact(shard, |id, number, cell| {
-                    let record = CellRecord::exact(number, cell, boot).encode_to_vec();
+                writer.cells.exact(shard, |id, kept| {
+                    let record = CellRecord::exact(&kept, boot).encode_to_vec();
                     records.push((Keyspace::Cells, id.to_bytes().to_vec(), Some(record)));
                 });
                 writer.journal.commit_all(records)?;
@@ -223,7 +223,7 @@ impl Writer {
 
     fn write_round(&mut self) -> Result<Left, JournalError> {
         // Also where there is always more to do, as during a rotation.
-        if self.journal.clock.now() >= self.caught_up.after(limits::RELAXED_INTERVAL) {
+        if self.journal.clock.time() >= self.caught_up.after(limits::RELAXED_INTERVAL) {
             self.catch_up();
         }
         let round = self.round + 1;
@@ -260,8 +260,8 @@ fn batch_of(changes: Vec<Change>) -> Batch {
     let mut batch = Batch::default();
     for Change { id, kept } in changes {
         match kept {
-            Some((number, cell)) => {
-                let record = CellRecord::of(number, cell).encode_to_vec();
+            Some(kept) => {
+                let record = CellRecord::of(&kept).encode_to_vec();
                 batch.put(Keyspace::Cells, id.to_bytes(), record);
             }
             None => batch.delete(Keyspace::Cells, id.to_bytes()),
