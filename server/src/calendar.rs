@@ -151,12 +151,13 @@ mod tests {
         Calendar::new(every, zone).unwrap()
     }
 
-    /// Whether the window from `start` to `end` is found at its first and at its last nanosecond.
+    /// Whether the window from `start` to `end` is found from its first to its last nanosecond.
     #[track_caller]
     fn assert_window(every: Every, zone: &str, start: &str, end: &str) -> Duration {
         let (start, end) = (at(start), at(end));
         let calendar = calendar(every, zone);
-        for wall in [start, start + (end - start) / 2, end - NANO] {
+        let steps = (0..200).map(|step| start + (end - start) / 200 * step);
+        for wall in steps.chain([end - NANO]) {
             assert_eq!(calendar.window(wall), (start, end), "at {wall:?}");
         }
         assert_eq!(calendar.window(end).0, end, "the end is the start of the next");
@@ -327,6 +328,10 @@ mod tests {
                     break;
                 }
                 changes += 1;
+                for now in [since_epoch(change) - NANO, since_epoch(change)] {
+                    let (start, end) = calendar.window(now);
+                    assert!(start <= now && now < end, "{zone} {change}");
+                }
                 let mut now = since_epoch(change).saturating_sub(2 * DAY);
                 while now < since_epoch(change) + 2 * DAY {
                     let (start, end) = calendar.window(now);
