@@ -4,6 +4,7 @@
 mod decisions;
 mod drift;
 mod histories;
+mod linearizable;
 mod marks;
 mod model;
 mod token_bucket;
