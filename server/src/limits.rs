@@ -210,3 +210,15 @@ pub const LESSEES: usize = 100_000;
 
 /// Pause between two looks at which of them have not asked for a while.
 pub const LESSEES_TENDED: Duration = Duration::from_secs(10);
+
+/// Shards of the lines of those who wait, a power of two: fewer than of the cells, since few of them have a
+/// line.
+pub const LINE_SHARDS: usize = 64;
+
+/// Acquires that wait in a line, at all cells: each holds a call open, of a few kilobytes, so this is some
+/// hundred megabytes. Past it an Acquire that would wait is denied at once.
+pub const WAITING: usize = 100_000;
+
+/// Least pause between two attempts of the head of a line, if nothing happens meanwhile: the grain of the
+/// runtime's timers. Without it a head that is told to try at once would spin.
+pub const RETRY_PAUSE: Duration = Duration::from_millis(1);
