@@ -222,3 +222,16 @@ pub const WAITING: usize = 100_000;
 /// Least pause between two attempts of the head of a line, if nothing happens meanwhile: the grain of the
 /// runtime's timers. Without it a head that is told to try at once would spin.
 pub const RETRY_PAUSE: Duration = Duration::from_millis(1);
+
+/// Shards of the requests that are remembered, a power of two: many callers rarely want the same lock.
+pub const REQUEST_SHARDS: usize = 64;
+
+/// Requests whose answer is remembered, oldest out: about 210 MB and the answers themselves. In the time
+/// that they are remembered, that is 16,000 new ones each second.
+pub const REMEMBERED_REQUESTS: usize = 1_000_000;
+
+/// Time that an answer is remembered at most: who repeats a request does so within a minute.
+pub const REMEMBERED_FOR: Duration = Duration::from_secs(60);
+
+/// Requests forgotten in one round of housekeeping from each shard, once their time is over.
+pub const FORGOTTEN_PER_ROUND: usize = 1_024;
