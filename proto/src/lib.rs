@@ -1,4 +1,5 @@
-//! The wire of Fusebox and nothing else: messages, client and server stubs of `fusebox.v1`.
+//! The wire of Fusebox and nothing else: messages, client and server stubs of `fusebox.v1`, of `Resilience`
+//! for callers and of `Admin` for operators.
 //!
 //! The protos under `proto/protos` are the contract; their comments give unit, range and default of
 //! every field. This crate compiles them without a system `protoc`.
