@@ -235,3 +235,18 @@ pub const REMEMBERED_FOR: Duration = Duration::from_secs(60);
 
 /// Requests forgotten in one round of housekeeping from each shard, once their time is over.
 pub const FORGOTTEN_PER_ROUND: usize = 1_024;
+
+/// Keys of a policy that are counted to tell the top ones: one with more than 1/128 of all is surely among
+/// them. With keys of 32 bytes 17 kB a policy, with the longest 45.
+pub const TOP_KEYS: usize = 128;
+
+/// Asks that are counted until only every second is: enough to know a key with a hundredth of them to within
+/// a tenth, and counted in a few milliseconds.
+pub const TOP_KEYS_SAMPLE: u32 = 16_384;
+
+/// Most times that the asks counted are halved: one in 4,096 of a hundred million a minute is still enough.
+pub const TOP_KEYS_SAMPLING: u32 = 12;
+
+/// Time after which the counts of top keys are halved: who asks is asked about now, and a minute is how long
+/// people look.
+pub const TOP_KEYS_HALVED: Duration = Duration::from_secs(60);
