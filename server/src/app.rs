@@ -1,5 +1,6 @@
 //! What callers can do: the server without its transport.
 
+pub mod events;
 mod grants;
 mod lessees;
 mod priority;

@@ -250,3 +250,17 @@ pub const TOP_KEYS_SAMPLING: u32 = 12;
 /// Time after which the counts of top keys are halved: who asks is asked about now, and a minute is how long
 /// people look.
 pub const TOP_KEYS_HALVED: Duration = Duration::from_secs(60);
+
+/// Events of the audit trail: months of changes by hand, a day of them by a script, and 30 MB at most.
+/// Oldest out.
+pub const EVENTS: usize = 10_000;
+
+/// Bytes of who did it: a name of a certificate, or an address.
+pub const EVENT_ACTOR_BYTES: usize = 128;
+
+/// Bytes of why somebody did something: a sentence, and the link to a ticket.
+pub const REASON_BYTES: usize = 256;
+
+/// Bytes of what was there before an event, or is there after it: a policy with some overrides. An event is
+/// a note of what happened, not a backup of settings.
+pub const EVENT_VALUE_BYTES: usize = 1_024;
