@@ -3,14 +3,17 @@
 pub mod events;
 mod grants;
 mod lessees;
+mod line;
 mod priority;
 mod report;
+mod requests;
+pub mod top_keys;
 
 use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use arrayvec::ArrayVec;
-use fusebox_core::{Charging, Kind, Limit, MAX_RULES, Moment, Purpose, Time, Wall};
+use fusebox_core::{Charging, Kind, Limit, MAX_RULES, Moment, Purpose, Wall};
 use thiserror::Error;
 
 use self::{
@@ -19,8 +22,10 @@ use self::{
 };
 pub use self::{
     grants::{GrantId, GrantName, Grants, Told},
+    line::{Attempt, Lines, Place, Stood},
     priority::Priority,
     report::{Renewed, Report, ReportError, Reported, Reports},
+    requests::{Begun, Content, Digest, InProgress, Joined, RequestKey, Requests},
 };
 use crate::{
     catalogue::{Catalogue, Namespace, Policy},

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use fusebox_core::{Charging, Cost, Decision};
+use fusebox_core::{Ask, Charging};
 use fusebox_server::{
+    app::Priority,
     config::Config,
     storage::{
-        self, Answer, Charge, Durable, Left, Recovered, RecoveryError, Start, Storage,
-        StorageError, Writer, journal::OpenJournal,
+        self, Answer, CellAsk, Charge, Decided, Durable, Left, Recovered, RecoveryError, Start,
+        Storage, StorageError, Writer, journal::OpenJournal,
     },
 };
 
@@ -66,13 +67,16 @@ pub fn acquire(
     panel: &Recovered,
     policy: &str,
     key: &str,
-    cost: Cost,
-) -> Result<Answer<Decision>, StorageError> {
+    ask: Ask,
+) -> Result<Answer<Decided>, StorageError> {
+    let now = panel.clock.now();
     let namespace = panel.catalogue.namespace("test").expect("the namespace `test`");
     let policy = namespace.policy(policy).expect("a known policy");
-    let asks = [policy.ask(key, cost)];
-    let charge = Charge { charging: Charging::AllOrNothing, asks: &asks };
-    let mut decision = Decision::default();
-    let answer = panel.cells.apply(&charge, None, panel.clock.now(), &mut decision)?;
-    Ok(answer.map(|()| decision))
+    let asks: Vec<CellAsk<'_>> = policy.asks(key, ask, Priority::Normal, now).collect();
+    let charge =
+        Charge { charging: Charging::AllOrNothing, asks: &asks, catalogue: &panel.catalogue };
+    let mut decided = Decided::default();
+    let answer = panel.cells.apply(&charge, None, now, &mut decided)?;
+    decided.decision.merge(&[asks.len()]);
+    Ok(answer.map(|()| decided))
 }
