@@ -8,13 +8,15 @@ mod priority;
 mod report;
 mod requests;
 pub mod top_keys;
+mod waiting;
 
 use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use arrayvec::ArrayVec;
-use fusebox_core::{Charging, Kind, Limit, MAX_RULES, Moment, Purpose, Wall};
+use fusebox_core::{Charging, Kind, Limit, MAX_RULES, Moment, Purpose, Time, Wall};
 use thiserror::Error;
+use tokio_util::sync::CancellationToken;
 
 use self::{
     grants::{Due, Grant, Owner, Part},
@@ -26,6 +28,7 @@ pub use self::{
     priority::Priority,
     report::{Renewed, Report, ReportError, Reported, Reports},
     requests::{Begun, Content, Digest, InProgress, Joined, RequestKey, Requests},
+    waiting::Waiting,
 };
 use crate::{
     catalogue::{Catalogue, Namespace, Policy},
@@ -131,6 +134,8 @@ pub struct Held {
     pub ask: usize,
     /// Tokens leased.
     pub leased: u64,
+    /// Whether there are permits in it.
+    pub permits: bool,
     /// How long until it settles by itself.
     pub expires_in: Duration,
 }
@@ -180,6 +185,9 @@ pub enum AcquireError {
         /// How many.
         count: usize,
     },
+    /// The end of the server has begun.
+    #[error("draining: nobody waits any longer; connect again")]
+    Draining,
     /// Too many open grants.
     #[error(
         "{} grants are open, as many as this server holds; report those that ended",
@@ -206,6 +214,7 @@ pub struct App {
     storage: Arc<dyn Storage>,
     grants: Grants,
     lessees: Lessees,
+    lines: Lines,
     clock: ServerClock,
     entropy: Arc<dyn Entropy>,
     reports: Reports,
@@ -219,6 +228,8 @@ pub struct Life {
     pub secret: [u8; 16],
     /// Grants that a clean stop left open.
     pub open: Vec<OpenGrant>,
+    /// Cancelled when its end begins: nobody waits in line any longer.
+    pub draining: CancellationToken,
 }
 
 impl App {
@@ -248,6 +259,7 @@ impl App {
             storage,
             grants,
             lessees: Lessees::default(),
+            lines: Lines::new(life.draining),
             clock,
             entropy,
             reports: Reports::default(),
@@ -264,6 +276,11 @@ impl App {
         &self.grants
     }
 
+    /// Callers that stand in line.
+    pub fn waiting(&self) -> usize {
+        self.lines.standing()
+    }
+
     /// What became of reports.
     pub fn reports(&self) -> &Reports {
         &self.reports
@@ -272,6 +289,11 @@ impl App {
     /// Keys that are remembered.
     pub fn live_cells(&self) -> usize {
         self.storage.live()
+    }
+
+    /// Server time now.
+    pub fn time(&self) -> Time {
+        self.clock.time()
     }
 
     /// A caller at this moment.
@@ -289,16 +311,36 @@ impl App {
         acquire: Acquire<'a, impl IntoIterator<Item = Ask<'a>>>,
         tell: impl FnOnce(&Acquired) -> T,
     ) -> Result<Answer<T>, AcquireError> {
+        let mut acquired = Acquired::default();
+        let (stands, counts) = (Stands::NotAtAll, Counts::This);
+        let answer = self.attempt(caller, acquire, (stands, counts), &mut acquired)?;
+        Ok(answer.map(|()| tell(&acquired)))
+    }
+
+    /// Decides one Acquire into `acquired`.
+    fn attempt<'a>(
+        &self,
+        caller: Caller,
+        acquire: Acquire<'a, impl IntoIterator<Item = Ask<'a>>>,
+        (stands, counts): (Stands, Counts),
+        acquired: &mut Acquired,
+    ) -> Result<Answer<()>, AcquireError> {
         let catalogue = self.catalogue.load();
         let mut named = ArrayVec::<_, { limits::ASKS }>::new();
         let mut rules = ArrayVec::<_, MAX_RULES>::new();
         let Acquire { namespace: name, client, entry } = acquire;
         let namespace = namespace(&catalogue, name)?;
-        let asker = Asker { app: self, namespace, caller, client };
+        let asker = Asker { app: self, namespace, caller, client, stands };
         asker.resolve(entry, |ask| named.push(ask), |rule| rules.push(rule))?;
         let mut grants = needs_grant(&rules).then(|| self.reserve_grants(1)).transpose()?;
         let resolved = Resolved { catalogue: &catalogue, asks: &named, rules: &rules, client };
-        Ok(self.decide(caller, resolved, None, grants.as_mut(), tell)?)
+        let answer = self.decide(caller, resolved, None, grants.as_mut(), acquired)?;
+        if counts == Counts::This
+            || counts == Counts::IfAllowed && acquired.decided.decision.allowed
+        {
+            resolved.count(&acquired.decided);
+        }
+        Ok(answer)
     }
 
     /// Decides each Acquire of a batch, in order, against one snapshot of the policies; what is to be told of
@@ -318,7 +360,8 @@ impl App {
         let Batch { namespace: name, client, entries } = batch;
         // An unknown namespace is told of the first entry, which is the first that is looked at.
         let namespace = namespace(&catalogue, name).map_err(|error| in_entry(0, error))?;
-        let asker = Asker { app: self, namespace, caller, client };
+        let stands = Stands::NotAtAll;
+        let asker = Asker { app: self, namespace, caller, client, stands };
 
         // Those of all entries in one row, and where each entry ends in it.
         let count = entries.len();
@@ -349,8 +392,12 @@ impl App {
             let (asks, rules) = (&named[start.0..end.0], &rules[start.1..end.1]);
             let resolved = Resolved { catalogue: &catalogue, asks, rules, client };
             start = end;
-            let answer = self.decide(caller, resolved, Some(&mut room), Some(&mut grants), &tell);
-            answers.push(answer.map_err(|error| in_entry(entry, error.into()))?);
+            let mut acquired = Acquired::default();
+            let room = Some(&mut room);
+            let answer = self.decide(caller, resolved, room, Some(&mut grants), &mut acquired);
+            let answer = answer.map_err(|error| in_entry(entry, error.into()))?;
+            resolved.count(&acquired.decided);
+            answers.push(answer.map(|()| tell(&acquired)));
         }
         Ok(answers)
     }
@@ -376,15 +423,14 @@ impl App {
     }
 
     /// Charges and concludes; when it may be told is in the answer.
-    fn decide<T>(
+    fn decide(
         &self,
         caller: Caller,
         resolved: Resolved<'_>,
         room: Option<&mut Room>,
         grants: Option<&mut Reservation>,
-        tell: impl FnOnce(&Acquired) -> T,
-    ) -> Result<Answer<T>, StorageError> {
-        let mut acquired = Acquired::default();
+        acquired: &mut Acquired,
+    ) -> Result<Answer<()>, StorageError> {
         let charge = Charge {
             charging: Charging::AllOrNothing,
             asks: resolved.rules,
@@ -393,12 +439,12 @@ impl App {
         let answer = self.storage.apply(&charge, room, caller.now, &mut acquired.decided)?;
         // Concluded at once: a caller that goes away while the disk is at it must not leave a grant out that
         // nobody can settle.
-        self.conclude(caller, resolved, grants, &mut acquired);
-        Ok(answer.map(|()| tell(&acquired)))
+        self.conclude(caller, resolved, grants, acquired);
+        Ok(answer)
     }
 
-    /// Opens the grant that a decision owes in the room that is there for it, leaves one verdict for each ask,
-    /// and counts them.
+    /// Opens the grant that a decision owes in the room that is there for it, and leaves one verdict for each
+    /// ask.
     fn conclude(
         &self,
         caller: Caller,
@@ -407,6 +453,7 @@ impl App {
         acquired: &mut Acquired,
     ) {
         let Acquired { decided, grant, held } = acquired;
+        held.clear();
         if let Some(room) = grants.filter(|_| decided.decision.allowed) {
             let parts = resolved.parts(decided, held, caller.now);
             if !parts.is_empty() {
@@ -422,10 +469,15 @@ impl App {
             let ends: ArrayVec<usize, { limits::ASKS }> = resolved.ends().collect();
             decision.merge(&ends);
         }
-        for (ask, verdict) in resolved.asks.iter().zip(&decision.verdicts) {
-            if ask.counts {
-                ask.policy.decisions.count(decision.allowed, verdict);
-            }
+    }
+
+    /// Gives back the permits of a grant whose caller could not be told of it. What else it holds stands until it
+    /// expires: the caller may know of it after all.
+    pub fn take_back(&self, grant: GrantId) {
+        let now = self.clock.now();
+        for due in self.grants.take_permits(grant) {
+            // Where nothing is written any more, nothing is admitted either.
+            let _ = self.settle(&due, now);
         }
     }
 
@@ -441,6 +493,7 @@ impl App {
             known: fusebox_core::Settlement { window: limiter.window(now), ..due.known },
         };
         let answer = self.storage.settle(&settlement, now)?;
+        self.lines.wake(due.cell);
         Ok(answer.map(|settled| {
             if settled.dropped > 0
                 && let Some(policy) = catalogue.policy(&limiter.name)
@@ -487,6 +540,15 @@ struct Resolved<'a> {
 }
 
 impl Resolved<'_> {
+    /// Counts what became of each ask.
+    fn count(&self, Decided { decision, .. }: &Decided) {
+        for (ask, verdict) in self.asks.iter().zip(&decision.verdicts) {
+            if ask.counts {
+                ask.policy.decisions.count(decision.allowed, verdict);
+            }
+        }
+    }
+
     /// Where the rules of each ask end.
     fn ends(&self) -> impl Iterator<Item = usize> {
         self.asks.iter().scan(0, |end, ask| {
@@ -524,9 +586,11 @@ impl Resolved<'_> {
                 let limiter = self.catalogue.numbered(rule.limiter.number).map(Arc::clone);
                 parts.extend(limiter.map(|limiter| Part { limiter, open }));
                 let leased = if holds == Holds::Lease { granted } else { 0 };
-                let before = of_ask.unwrap_or(Held { ask, leased: 0, expires_in: life });
+                let none = Held { ask, leased: 0, permits: false, expires_in: life };
+                let before = of_ask.unwrap_or(none);
                 of_ask = Some(Held {
                     leased: before.leased + leased,
+                    permits: before.permits || holds == Holds::Permit,
                     expires_in: before.expires_in.min(life),
                     ..before
                 });
@@ -558,6 +622,27 @@ struct Asker<'a, 'n> {
     namespace: &'n Namespace,
     caller: Caller,
     client: Option<Client<'a>>,
+    stands: Stands,
+}
+
+/// Where a caller stands in the line of what it asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stands {
+    /// It does not wait: whoever does goes first.
+    NotAtAll,
+    /// It is its turn.
+    AtTheHead,
+    /// It is not.
+    Behind,
+}
+
+/// Which attempt to decide an Acquire is counted: one of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Counts {
+    /// This one.
+    This,
+    /// This one, if it is the last.
+    IfAllowed,
 }
 
 impl<'n> Asker<'_, 'n> {
@@ -577,12 +662,14 @@ impl<'n> Asker<'_, 'n> {
             let core_ask =
                 fusebox_core::Ask { retry, ..fusebox_core::Ask::spend(ask.cost).to(purpose) };
             let mut rules = 0;
+            let held = self.is_held(policy, ask.key, priority);
             for one in policy.asks(ask.key, core_ask, priority, self.caller.now) {
                 check(index, policy, &ask, &one)?;
-                rule(one);
+                rule(CellAsk { held: held && !one.shadow, ..one });
                 rules += 1;
             }
             if ask.lease > 0
+                && !self.is_held(policy, ask.key, Priority::Bulk)
                 && let Some(clients) = self.lessees(policy, &ask)
             {
                 let lease = core_ask_of_lease(ask.lease, clients);
@@ -595,6 +682,17 @@ impl<'n> Asker<'_, 'n> {
             named(Named { policy, rules, counts: ask.cost > 0 || ask.lease > 0 });
         }
         Ok(())
+    }
+
+    /// Whether others wait for that key who go first.
+    fn is_held(&self, policy: &Policy, key: &str, priority: Priority) -> bool {
+        let lines = &self.app.lines;
+        match self.stands {
+            Stands::NotAtAll if lines.standing() == 0 => false,
+            Stands::NotAtAll => lines.is_held_for(policy.cells.cell(key), priority),
+            Stands::AtTheHead => false,
+            Stands::Behind => true,
+        }
     }
 
     /// How many clients share what can be leased of the key, this one among them; `None` if nothing is leased.

@@ -209,6 +209,7 @@ impl Policy {
                 ..ask
             },
             shadow: self.shadow,
+            held: false,
         })
     }
 }

@@ -23,13 +23,14 @@ pub const DECISION_LABELS: [(&str, &str); 2 * REASONS.len()] = {
     labels
 };
 
-const REASONS: [&str; 7] = [
+const REASONS: [&str; 8] = [
     "",
     "rate_limited",
     "concurrency_limited",
     "retry_budget_exhausted",
     "reserved_for_priority",
     "overflow_bucket",
+    "line_full",
     "blocked",
 ];
 
@@ -42,7 +43,8 @@ fn index_of(admission: Admission) -> usize {
             Reason::RetryBudgetExhausted => 3,
             Reason::ReservedForPriority => 4,
             Reason::OverflowBucket => 5,
-            Reason::Blocked => 6,
+            Reason::LineFull => 6,
+            Reason::Blocked => 7,
         },
     }
 }

@@ -29,6 +29,9 @@ pub const KEY_BYTES: usize = 256;
 /// Bytes of the name of a namespace or policy: a DNS label, so that it fits metric labels and file names.
 pub const NAME_BYTES: usize = 63;
 
+/// Bytes of the id of a request: a UUID three times over.
+pub const REQUEST_ID_BYTES: usize = 128;
+
 /// Bytes of each name that a client gives itself.
 pub const CLIENT_BYTES: usize = 128;
 
@@ -99,8 +102,8 @@ pub const PREFACE_WAIT: Duration = Duration::from_secs(10);
 pub const OPS_CONNECTION_LIFE: Duration = Duration::from_secs(10);
 
 /// Time until a call is answered, or the stream of its answers begins, for a client that sets no deadline or a later one: a decision
-/// takes microseconds, so this only ends calls whose message never arrives.
-pub const CALL_TIME: Duration = Duration::from_secs(30);
+/// takes microseconds and a wait in line a minute at most, so this only ends calls whose message never arrives.
+pub const CALL_TIME: Duration = Duration::from_secs(75);
 
 /// Silence after which a connection is asked whether it is still there, and the wait for its answer.
 pub const KEEPALIVE: Duration = Duration::from_secs(20);
@@ -264,3 +267,10 @@ pub const REASON_BYTES: usize = 256;
 /// Bytes of what was there before an event, or is there after it: a policy with some overrides. An event is
 /// a note of what happened, not a backup of settings.
 pub const EVENT_VALUE_BYTES: usize = 1_024;
+
+/// Longest wait of an Acquire in a line: who waits longer for a limit should queue its work itself.
+pub const MAX_WAIT: Duration = Duration::from_secs(60);
+
+/// Longest pause between two attempts of the head of a line: what comes back is told at once, but where keys
+/// share a cell it may be told to another line.
+pub const LINE_LOOKS: Duration = Duration::from_secs(1);

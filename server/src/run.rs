@@ -31,7 +31,7 @@ use crate::{
     clock::Clock,
     config::{Durability, Namespaces},
     entropy::Entropy,
-    grpc::{Service, calls::Calls},
+    grpc::{Answers, Service, calls::Calls},
     lifecycle::Lifecycle,
     limits,
     metrics::Metrics,
@@ -101,7 +101,8 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     // Both ports answer while state is still being recovered: probes must see that the process lives.
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, ServingStatus::NotServing).await;
-    let service = Service::new(Arc::clone(&lifecycle));
+    let answers = Arc::new(Answers::new(parts.entropy.bytes16()));
+    let service = Service::new(Arc::clone(&lifecycle), Arc::clone(&answers));
     let routes = routes(health_service)?;
     let calls = Calls::new(service, routes, Arc::clone(&parts.clock), &metrics, grpc.stop.clone());
     grpc.open(parts.listeners.grpc, move |port, stream| {
@@ -156,13 +157,14 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
         Arc::clone(&cells) as Arc<_>,
         clock,
         parts.entropy,
-        Life { boot, secret, open: grants },
+        Life { boot, secret, open: grants, draining: grpc.stop.clone() },
     ));
     let writer = WriterThread::spawn(writer).map_err(internal)?;
     lifecycle.recovered(Arc::clone(&app), disk);
     set_health(&health, ServingStatus::Serving).await;
 
-    tend_until(&parts.shutdown, &app, &writer, &lifecycle, &health).await;
+    let tended = Tended { app: &app, answers: &answers };
+    tend_until(&parts.shutdown, tended, &writer, &lifecycle, &health).await;
 
     tracing::info!(drain_timeout = ?parts.drain_timeout, "draining");
     lifecycle.shut_down();
@@ -193,10 +195,16 @@ fn routes(health: HealthServer<impl Health>) -> Result<Routes, RunError> {
     Ok(routes.prepare())
 }
 
+/// What needs housekeeping.
+struct Tended<'a> {
+    app: &'a App,
+    answers: &'a Answers,
+}
+
 /// Keeps house until the end is asked for.
 async fn tend_until(
     shutdown: &CancellationToken,
-    app: &App,
+    tended: Tended<'_>,
     writer: &WriterThread,
     lifecycle: &Lifecycle,
     health: &HealthReporter,
@@ -210,7 +218,8 @@ async fn tend_until(
             () = &mut failed => break,
             _ = rounds.tick() => {
                 // It fails only where the writer has failed, and the writer tells us itself.
-                let _ = app.tend();
+                let _ = tended.app.tend();
+                tended.answers.tend(tended.app.time());
             }
         }
     }

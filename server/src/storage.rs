@@ -165,6 +165,8 @@ pub struct CellAsk<'a> {
     pub ask: Ask,
     /// It only watches.
     pub shadow: bool,
+    /// Others wait for the cell, so what is there is theirs.
+    pub held: bool,
 }
 
 /// What became of a [`Charge`].

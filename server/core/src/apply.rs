@@ -31,6 +31,8 @@ pub struct Rule<'a> {
     pub shadow: bool,
     /// The cell is shared by keys that have none of their own, and a denial says so.
     pub overflow: bool,
+    /// Others wait for the cell, so what is there is theirs.
+    pub held: bool,
 }
 
 /// What is charged when not every rule allows.
@@ -146,7 +148,8 @@ pub fn apply_to(
         let cell = &mut planned[rule.cell];
         let state = rule.policy.state(*cell);
         let plan = rule.policy.limit.plan(state, rule.ask, now);
-        let allows = plan.admission == Admission::Allow;
+        let admission = told(plan.admission, rule);
+        let allows = admission == Admission::Allow;
         decision.allowed &= allows || rule.shadow;
         let charge = allows || charging == Charging::Always;
         if charge && plan.charged != state {
@@ -155,7 +158,7 @@ pub fn apply_to(
         let Level { remaining, reset_after } = if charge { plan.after } else { plan.before };
         decision.verdicts.push(Verdict {
             cost: rule.ask.tokens,
-            admission: told(plan.admission, rule),
+            admission,
             shadow: rule.shadow,
             limit: plan.limit,
             remaining,
@@ -193,9 +196,13 @@ fn tell_uncharged(
     }
 }
 
-/// What is told of a rule's answer: whoever shares a cell must know that it is not the key's own.
+/// What is told of a rule's answer: who waits for a cell has it first, and who shares one must know that it is
+/// not the key's own.
 fn told(admission: Admission, rule: &Rule<'_>) -> Admission {
     match admission {
+        Admission::Allow if rule.held && rule.ask.tokens > 0 => {
+            Admission::Deny { reason: rule.policy.limit.exhausted(), retry_after: None }
+        }
         Admission::Deny {
             reason: Reason::RateLimited | Reason::ConcurrencyLimited,
             retry_after,

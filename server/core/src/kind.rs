@@ -232,6 +232,8 @@ pub enum Reason {
     ReservedForPriority,
     /// The policy has more keys than its budget; those past it share one cell, which is used up.
     OverflowBucket,
+    /// Too many wait in line already: told by whoever keeps the line.
+    LineFull,
     /// The policy denies all: its limit is 0.
     Blocked,
 }

@@ -3,9 +3,9 @@
 use core::time::Duration;
 
 use crate::{
-    Ask, Concurrency, Kind, Mark, Moment, Plan, RetryBudget, Settled, Settlement, SlidingWindow,
-    Time, TokenBucket, WindowLimit, concurrency, retry_budget, sliding_window, token_bucket,
-    window,
+    Ask, Concurrency, Kind, Mark, Moment, Plan, Reason, RetryBudget, Settled, Settlement,
+    SlidingWindow, Time, TokenBucket, WindowLimit, concurrency, retry_budget, sliding_window,
+    token_bucket, window,
 };
 
 /// The settings of one limiter, of any kind.
@@ -90,6 +90,16 @@ macro_rules! each {
 }
 
 impl Limit {
+    /// Why an ask is denied when nothing is left.
+    #[must_use]
+    pub const fn exhausted(&self) -> Reason {
+        match self {
+            Self::TokenBucket(_) | Self::Window(_) | Self::SlidingWindow(_) => Reason::RateLimited,
+            Self::Concurrency(_) => Reason::ConcurrencyLimited,
+            Self::RetryBudget(_) => Reason::RetryBudgetExhausted,
+        }
+    }
+
     /// Whether both are of one kind, so that each knows what a cell of the other remembers.
     #[must_use]
     pub fn is_like(&self, other: &Self) -> bool {

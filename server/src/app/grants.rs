@@ -370,6 +370,21 @@ impl Grants {
         lives.map_or(Taken::Unknown, Taken::Open)
     }
 
+    /// Takes the permits of an open grant, whoever it is of; what else it holds stays.
+    pub(super) fn take_permits(&self, id: GrantId) -> Vec<Due> {
+        let mut shard = self.shard(id).lock();
+        let Some(mut grant) = shard.take(id) else { return Vec::new() };
+        let permits = grant.parts.extract_if(.., |part| part.open.holds == Holds::Permit);
+        let dues = permits.map(|part| part.expired()).collect();
+        if grant.parts.is_empty() {
+            shard.remember_settled(id, grant.owner);
+            self.open.fetch_sub(1, Ordering::Relaxed);
+        } else {
+            shard.open(id, grant);
+        }
+        dues
+    }
+
     /// Ends an open grant, whoever it is of, as if all of it had expired now.
     pub(super) fn force_release(&self, id: GrantId) -> Option<(Owner, Vec<Due>)> {
         let mut shard = self.shard(id).lock();

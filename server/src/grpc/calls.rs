@@ -19,7 +19,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status, body::Body, server::NamedService, service::Routes};
 use tower::{BoxError, ServiceExt, util::Either};
 
-use super::{Service, status};
+use super::{Service, delivery::Delivery, status};
 use crate::{
     clock::Clock,
     limits,
@@ -96,6 +96,7 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
             method,
             started: self.clock.monotonic(),
             code: Code::Cancelled,
+            delivery: None,
         };
         let service = if is_resilience(request.uri().path()) {
             Either::Left(self.resilience.clone())
@@ -123,6 +124,7 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
                 },
             };
             let (mut head, inner) = response.into_parts();
+            call.delivery = head.extensions.remove::<Delivery>();
             // Only an answer that is an error, and nothing else, has its status here.
             if let Some(status) = Status::from_header_map(&head.headers) {
                 let status = status::corrected(status);
@@ -144,6 +146,8 @@ struct Call {
     started: Duration,
     /// How it ended; cancelled until it has.
     code: Code,
+    /// What is to be told once the answer is out.
+    delivery: Option<Delivery>,
 }
 
 impl Drop for Call {
@@ -230,6 +234,9 @@ impl http_body::Body for CallBody {
             .and_then(code_in)
         {
             this.call.code = code;
+            if let Some(delivery) = this.call.delivery.take() {
+                delivery.arrived();
+            }
         }
         Poll::Ready(frame)
     }

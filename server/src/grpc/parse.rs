@@ -1,28 +1,85 @@
 //! From messages to what cannot be wrong. Past this file no name is empty and no number out of range.
 
+use std::time::Duration;
+
 use fusebox_proto::v1::{
     self, AcquireBatchRequest, AcquireRequest, Ask, GrantOutcome, Priority, ReportRequest,
 };
 
 use super::status::Refusal;
 use crate::{
-    app::{self, Acquire, Batch, Client, Entry, GrantName, Report, Told},
+    app::{self, Acquire, Batch, Client, Entry, GrantName, Report, Told, Waiting},
     limits,
 };
 
+/// An Acquire with all that goes beside what it asks.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    message: &'a AcquireRequest,
+    /// The client and its id of the request, if it has one.
+    pub(super) request: Option<(&'a str, &'a str)>,
+    /// How long it waits in line, if it does.
+    pub(super) max_wait: Option<Duration>,
+}
+
+impl<'a> Wanted<'a> {
+    /// What is asked.
+    pub(super) fn acquire(&self) -> Acquire<'a, impl Iterator<Item = app::Ask<'a>> + use<'a>> {
+        Acquire {
+            namespace: &self.message.namespace,
+            client: self.message.client.as_ref().map(accepted_client),
+            entry: accepted(self.message),
+        }
+    }
+
+    /// The same as of an Acquire that waits, and how long; `None` if it does not.
+    pub(super) fn waiting(&self) -> Option<(Duration, Waiting<'a>)> {
+        let Acquire { namespace, client, entry } = self.acquire();
+        let Entry { mut asks, priority, retry } = entry;
+        let entry = Entry { asks: asks.next()?, priority, retry };
+        Some((self.max_wait?, Acquire { namespace, client, entry }))
+    }
+}
+
 /// One Acquire.
-pub(super) fn acquire<'a>(
-    request: &'a AcquireRequest,
-) -> Result<Acquire<'a, impl Iterator<Item = app::Ask<'a>>>, Refusal> {
+pub(super) fn acquire(request: &AcquireRequest) -> Result<Wanted<'_>, Refusal> {
     let mut refusal = Refusal::default();
     namespace(&mut refusal, &request.namespace);
     client(&mut refusal, request.client.as_ref());
     entry(&mut refusal, None, request);
-    refusal.or_else(|| Acquire {
-        namespace: &request.namespace,
-        client: request.client.as_ref().map(accepted_client),
-        entry: accepted(request),
+    let max_wait = max_wait(&mut refusal, request);
+    let id = request.request_id.as_str();
+    if id.len() > limits::REQUEST_ID_BYTES {
+        let (bytes, most) = (id.len(), limits::REQUEST_ID_BYTES);
+        refusal.violation("request_id", format!("{bytes} bytes; at most {most}"));
+    }
+    let client = request.client.as_ref().map_or("", |client| &client.id);
+    if !id.is_empty() && client.is_empty() {
+        refusal.violation("client.id", "required: a request_id is a client's own");
+    }
+    refusal.or_else(|| Wanted {
+        message: request,
+        request: Some((client, id)).filter(|_| !id.is_empty()),
+        max_wait,
     })
+}
+
+/// How long an Acquire waits in line, if it does.
+fn max_wait(refusal: &mut Refusal, request: &AcquireRequest) -> Option<Duration> {
+    let most = limits::MAX_WAIT;
+    match Duration::try_from(request.max_wait?) {
+        Ok(Duration::ZERO) => None,
+        Ok(wait) if wait <= most => {
+            if request.asks.len() > 1 {
+                refusal.violation("max_wait", "only with exactly one ask: a line is one bucket's");
+            }
+            Some(wait)
+        }
+        _ => {
+            refusal.violation("max_wait", format!("not within 0 to {} seconds", most.as_secs()));
+            None
+        }
+    }
 }
 
 /// Every Acquire of a batch.
@@ -136,8 +193,12 @@ fn entry(refusal: &mut Refusal, index: Option<usize>, request: &AcquireRequest) 
         let message = "the batch names the client once; leave it out here";
         refusal.violation(field("client"), message);
     }
-    refusal.unsupported(!request.request_id.is_empty(), || field("request_id"));
-    refusal.unsupported(request.max_wait.is_some(), || field("max_wait"));
+    if index.is_some() {
+        refusal.unsupported(!request.request_id.is_empty(), || field("request_id"));
+        if request.max_wait.is_some() {
+            refusal.violation(field("max_wait"), "nobody waits inside a batch; leave it out");
+        }
+    }
     if Priority::try_from(request.priority).is_err() {
         refusal.violation(field("priority"), "not a priority");
     }

@@ -7,21 +7,47 @@ use fusebox_proto::v1::{
     self, AcquireResponse, Decision, Renewal, ReportResponse, ReportResult, Verdict,
 };
 
-use crate::app::{Acquired, Renewed, Reported};
+use crate::app::{Acquired, GrantId, Renewed, Reported};
 
-/// The answer to an Acquire.
-pub(super) fn acquired(Acquired { decided, grant, held }: &Acquired) -> AcquireResponse {
+/// The answer to an Acquire, and what has to be known of it beside.
+pub(super) struct Told {
+    /// The answer.
+    pub(super) response: AcquireResponse,
+    /// Whether it allows.
+    pub(super) allowed: bool,
+    /// How long what was granted lives, by ask.
+    pub(super) lives: Vec<(usize, Duration)>,
+    /// The grant, if there are permits in it.
+    pub(super) permits: Option<GrantId>,
+}
+
+impl Told {
+    /// How long all that was granted lives; for ever if nothing was.
+    pub(super) fn lives(&self) -> Duration {
+        self.lives.iter().map(|(_, life)| *life).min().unwrap_or(Duration::MAX)
+    }
+}
+
+/// The answer to an Acquire, which stood in line for so long.
+pub(super) fn acquired(acquired: &Acquired, waited: Option<Duration>) -> Told {
+    let Acquired { decided, grant, held } = acquired;
     let decision = &decided.decision;
     let mut verdicts: Vec<_> = decision.verdicts.iter().map(verdict).collect();
     for held in held {
         verdicts[held.ask].leased = held.leased;
         verdicts[held.ask].expires_in = Some(duration(held.expires_in));
     }
-    AcquireResponse {
+    let response = AcquireResponse {
         decision: if decision.allowed { Decision::Allow } else { Decision::Deny }.into(),
         grant_id: grant.map(|grant| grant.to_string()).unwrap_or_default(),
-        waited: None,
+        waited: waited.map(duration),
         verdicts,
+    };
+    Told {
+        response,
+        allowed: decision.allowed,
+        lives: held.iter().map(|held| (held.ask, held.expires_in)).collect(),
+        permits: grant.filter(|_| held.iter().any(|held| held.permits)).map(|grant| grant.id),
     }
 }
 
@@ -74,12 +100,13 @@ fn reason(reason: Reason) -> v1::Reason {
         Reason::RetryBudgetExhausted => v1::Reason::RetryBudgetExhausted,
         Reason::ReservedForPriority => v1::Reason::ReservedForPriority,
         Reason::OverflowBucket => v1::Reason::OverflowBucket,
+        Reason::LineFull => v1::Reason::LineFull,
         Reason::Blocked => v1::Reason::Blocked,
     }
 }
 
 #[allow(clippy::cast_possible_wrap)]
-fn duration(duration: Duration) -> prost_types::Duration {
+pub(super) fn duration(duration: Duration) -> prost_types::Duration {
     prost_types::Duration {
         // At most 584 years: the core counts nanoseconds in 64 bits.
         seconds: duration.as_secs() as i64,

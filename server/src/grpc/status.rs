@@ -78,9 +78,18 @@ pub(super) fn acquire(error: &AcquireError, entry: Option<usize>) -> Status {
             let violation = FieldViolation::new("requests", error.to_string());
             violations(Code::InvalidArgument, vec![violation])
         }
+        AcquireError::Draining => Status::unavailable(error.to_string()),
         AcquireError::GrantsFull => Status::resource_exhausted(error.to_string()),
         AcquireError::Storage(error) => storage(error),
     }
+}
+
+/// The status of an Acquire under an id that another one has.
+pub(super) fn other_request() -> Status {
+    let message = "another Acquire of this client had this id within the last minute: an id is for repeating \
+                   the same Acquire";
+    let violation = FieldViolation::new("request_id", message);
+    violations(Code::InvalidArgument, vec![violation])
 }
 
 /// The status of a Report that could not be taken.

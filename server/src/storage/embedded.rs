@@ -361,7 +361,8 @@ impl Storage for Embedded {
                     found.push(place);
                 }
                 let policy = &ask.limiter.settings;
-                rules.push(Rule { cell, policy, ask: ask.ask, shadow: ask.shadow, overflow });
+                let CellAsk { ask, shadow, held, .. } = *ask;
+                rules.push(Rule { cell, policy, ask, shadow, overflow, held });
             }
             if rules.len() < charge.asks.len() {
                 overflows = true;
