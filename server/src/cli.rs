@@ -9,7 +9,7 @@ use crate::config::{Config, ConfigError};
 /// One breaker panel for a whole fleet: rate limits shared by many instances of many services.
 ///
 /// Without a command, `fusebox` serves. Without a configuration it serves the namespace `demo`, with the
-/// policies `api` (100 a second, bursts of 200) and `signup` (3 a minute).
+/// policies `api` (100 a second, bursts of 200), `signup` (3 a minute) and `jobs` (one at a time).
 #[derive(Debug, Parser)]
 #[command(name = "fusebox", version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
