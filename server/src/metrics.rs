@@ -202,6 +202,17 @@ fn observe(
         })
         .build();
 
+    let state = Arc::clone(lifecycle);
+    meter
+        .u64_observable_gauge("fusebox_waiting")
+        .with_description("Callers that stand in a line")
+        .with_callback(move |observer| {
+            if let Some(app) = state.app() {
+                observer.observe(app.waiting() as u64, &[]);
+            }
+        })
+        .build();
+
     observe_disk(&meter, lifecycle);
 
     let ports = connections.to_vec();

@@ -6,8 +6,10 @@ mod bad_input;
 mod clocks;
 mod life;
 mod report;
+mod requests;
 mod restart;
 mod seeing;
+mod waiting;
 
 use fusebox_proto::v1::{AcquireRequest, Ask};
 use fusebox_tests::Server;
