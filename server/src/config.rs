@@ -424,6 +424,26 @@ mod tests {
     }
 
     #[test]
+    fn every_setting_of_a_policy_is_printed_as_it_is_read() {
+        for policy in [
+            "{sliding_window: {limit: 20, per: 2s}, shadow: true}",
+            "{fixed_window: {limit: 100, per: 30d}, max_cells: 5, max_waiting: 0}",
+            "{calendar_window: {limit: 9, every: month, time_zone: Europe/Vienna}}",
+            "{concurrency: {limit: 64}, durability: relaxed, lease_time: 250ms}",
+            "{retry_budget: {}}",
+            "{retry_budget: {ratio: 12.5%, min_per_second: 0, ttl: 1m}}",
+            "{limits: [{token_bucket: {limit: 1, per: 1s}}, {fixed_window: {limit: 9, per: 1d}}], \
+             reserves: {critical: 20%, normal: 0.01%}}",
+            "{token_bucket: {limit: 1, per: 1s}, overrides: [{key: '', concurrency: {limit: 1}}, \
+             {prefix: batch/, limits: [{sliding_window: {limit: 1, per: 1h}}]}]}",
+        ] {
+            let config = Config::parse("a.yaml", &policies(policy)).unwrap();
+            let printed = config.to_string();
+            assert_eq!(Config::parse("b.yaml", &printed).unwrap(), config, "{policy}: {printed}");
+        }
+    }
+
+    #[test]
     fn durations_are_written_in_the_units_that_are_read() {
         for per in ["1ns", "1us", "90s", "36h", "31d", "366d", "1d 1ns", "2w"] {
             let text = policies(&format!("{{token_bucket: {{limit: 1, per: {per}}}}}"));
@@ -459,12 +479,7 @@ mod tests {
                 "api",
                 "`max_debt`",
             ),
-            (
-                api("{token_bucket: {limit: 1, per: 1s}, shadow: true}"),
-                "4:48",
-                "api.shadow",
-                "unknown field `shadow`",
-            ),
+            (api("{token_bucket: {limit: 1, per: 1s}, dark: true}"), "4:48", "api.dark", "`dark`"),
             (api("{token_bucket: {limit: 1, per: 1s, limit: 2}}"), "4:", "limit", "duplicate"),
         ] {
             let error = Config::parse("some.yaml", &text).unwrap_err().to_string();
@@ -472,6 +487,106 @@ mod tests {
             let (first, _) = error.split_once('\n').unwrap();
             assert!(first.contains(field) && first.contains(words), "{field}, {words}: {error}");
         }
+    }
+
+    /// What is wrong with a policy, in a word of the message.
+    fn assert_wrong(mistakes: &[(&str, &str)]) {
+        for (policy, words) in mistakes {
+            let error = Config::parse("some.yaml", &policies(policy)).unwrap_err().to_string();
+            let (first, _) = error.split_once('\n').unwrap();
+            assert!(first.starts_with("some.yaml:4:"), "{policy}: {error}");
+            let field = first.split('`').nth(1).unwrap();
+            assert!(field.starts_with("namespaces.demo.policies.api"), "{policy}: {error}");
+            assert!(first.contains(words), "{policy}, {words}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_mistake_in_a_kind_of_limiter_is_told() {
+        assert_wrong(&[
+            ("{sliding_window: {limit: 1}}", "missing field `per`"),
+            ("{sliding_window: {limit: 1, per: 0s}}", "`sliding_window`: `per` is 0"),
+            ("{sliding_window: {limit: 1, per: 367d}}", "`sliding_window`: `per` is"),
+            ("{sliding_window: {limit: 4294967296, per: 1s}}", "above 4294967295"),
+            ("{sliding_window: {limit: 1, per: 1s, burst: 1}}", "unknown field `burst`"),
+            ("{fixed_window: {per: 1h}}", "missing field `limit`"),
+            ("{fixed_window: {limit: 1, per: 0s}}", "`fixed_window`: `per` is 0"),
+            ("{fixed_window: {limit: 1000000000001, per: 1h}}", "above 10^12"),
+            ("{fixed_window: {limit: many, per: 1h}}", "not a whole number"),
+            ("{calendar_window: {limit: 1}}", "missing field `every`"),
+            ("{calendar_window: {limit: 1, every: hour}}", "`hour`"),
+            ("{calendar_window: {limit: 1, every: day, time_zone: Mars/Base}}", "`Mars/Base`"),
+            ("{calendar_window: {limit: 1000000000001, every: day}}", "above 10^12"),
+            ("{concurrency: {ttl: 10s}}", "missing field `limit`"),
+            ("{concurrency: {limit: 1, ttl: 99ms}}", "`concurrency`: `ttl` is 99ms"),
+            ("{concurrency: {limit: 1, ttl: 25h}}", "`concurrency`: `ttl` is"),
+            ("{concurrency: {limit: 1000000000001}}", "above 10^12"),
+            ("{retry_budget: {ratio: 20}}", "is not a share of 0% to 100%"),
+            ("{retry_budget: {ratio: 101%}}", "`101%` is not a share"),
+            ("{retry_budget: {ratio: 0.05%}}", "tenths of a percent"),
+            ("{retry_budget: {min_per_second: -1}}", "min_per_second"),
+            ("{retry_budget: {ttl: 0s}}", "`retry_budget`: `ttl` is"),
+        ]);
+    }
+
+    #[test]
+    fn a_mistake_in_a_setting_of_a_policy_is_told() {
+        let with = |setting: &str| format!("{{fixed_window: {{limit: 9, per: 1h}}, {setting}}}");
+        for (setting, words) in [
+            ("shadow: maybe", "shadow"),
+            ("max_cells: 0", "`max_cells` is 0, outside 1 to 10000000"),
+            ("max_cells: 10000001", "`max_cells` is 10000001, outside"),
+            ("lease_time: 99ms", "`lease_time` is 99ms, outside 100ms to 60s"),
+            ("lease_time: 61s", "`lease_time` is 61s"),
+            ("lease_time: soon", "`soon` is not a duration"),
+            ("max_waiting: 10001", "`max_waiting` is 10001, above 10000"),
+            ("durability: lax", "unknown variant"),
+            ("reserves: {critical: 60%, normal: 40.01%}", "above 100% together"),
+            ("reserves: {critical: 20}", "`20` is not a share of 0% to 100%"),
+            ("reserves: {bulk: 20%}", "unknown field `bulk`"),
+            ("token_bucket: {limit: 1, per: 1s}", "several limiters: write them as a list"),
+            ("limits: []", "`limits` beside a limiter"),
+            ("overrides: {key: vip}", "overrides"),
+            ("overrides: [{fixed_window: {limit: 1, per: 1h}}]", "a `key` or a `prefix`"),
+            ("overrides: [{key: a, prefix: a, concurrency: {limit: 1}}]", "either a `key` or"),
+            ("overrides: [{key: vip}]", "`overrides`: key `vip`: a policy needs its limiter"),
+            ("overrides: [{prefix: b, concurrency: {limit: 1, ttl: 0s}}]", "prefix `b`: `conc"),
+            ("overrides: [{key: a, shadow: true}]", "unknown field `shadow`"),
+            (
+                "overrides: [{key: a, concurrency: {limit: 1}}, {key: a, concurrency: {limit: 2}}]",
+                "`overrides`: key `a` is there twice",
+            ),
+        ] {
+            assert_wrong(&[(&with(setting), words)]);
+        }
+        let long = format!("overrides: [{{key: {}, concurrency: {{limit: 1}}}}]", "k".repeat(257));
+        assert_wrong(&[(&with(&long), "is longer than 256 bytes")]);
+        let many = |count: usize, keys: &str| {
+            let one = |index| format!("{{{keys}: k{index}, concurrency: {{limit: 1}}}}");
+            let all: Vec<_> = (0..count).map(one).collect();
+            with(&format!("overrides: [{}]", all.join(", ")))
+        };
+        let most = "`overrides`: at most 1000, and 32 of them by prefix";
+        assert_wrong(&[(&many(1_001, "key"), most), (&many(33, "prefix"), most)]);
+        for fits in [many(1_000, "key"), many(32, "prefix")] {
+            Config::parse("a.yaml", &policies(&fits)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_mistake_in_a_list_of_limits_is_told() {
+        let one = "{token_bucket: {limit: 1, per: 1s}}";
+        assert_wrong(&[
+            ("{limits: []}", "`limits` are 0; 1 to 4 are needed"),
+            (&format!("{{limits: [{one}, {one}, {one}, {one}, {one}]}}"), "`limits` are 5"),
+            (&format!("{{limits: [{one}, {{}}]}}"), "`limits`: an entry needs its limiter"),
+            (
+                &format!("{{limits: [{one}, {{concurrency: {{limit: 1}}}}]}}"),
+                "`limits` are of rates and windows, not of `concurrency`",
+            ),
+            (&format!("{{limits: [{one}, {{retry_budget: {{}}}}]}}"), "not of `retry_budget`"),
+            (&format!("{{limits: [{one}, {{breaker: {{}}}}]}}"), "unknown field `breaker`"),
+        ]);
     }
 
     #[test]

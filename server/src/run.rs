@@ -341,16 +341,17 @@ impl WriterThread {
 mod tests {
     use std::sync::mpsc::Receiver;
 
-    use fusebox_core::{Charging, Cost, Decision};
+    use fusebox_core::{Ask, Charging};
     use parking_lot::Mutex;
 
     use super::*;
     use crate::{
+        app::Priority,
         clock::SystemClock,
         config::Config,
         entropy::SystemEntropy,
         storage::{
-            Charge, Storage,
+            Charge, Decided, Storage,
             journal::{Batch, Journal, Keyspace, Visit},
         },
     };
@@ -408,10 +409,11 @@ mod tests {
         });
         let recovered = recovered.unwrap();
         let policy = recovered.catalogue.namespace("demo").unwrap().policy("signup").unwrap();
-        let ask = policy.ask("", Cost { tokens: 1, estimated: false });
-        let charge = Charge { charging: Charging::AllOrNothing, asks: &[ask] };
-        let (now, mut decision) = (recovered.clock.now(), Decision::default());
-        recovered.cells.apply(&charge, None, now, &mut decision).unwrap();
+        let now = recovered.clock.now();
+        let asks: Vec<_> = policy.asks("", Ask::spend(1), Priority::Normal, now).collect();
+        let catalogue = &recovered.catalogue;
+        let charge = Charge { charging: Charging::AllOrNothing, asks: &asks, catalogue };
+        recovered.cells.apply(&charge, None, now, &mut Decided::default()).unwrap();
         (recovered.writer, go)
     }
 

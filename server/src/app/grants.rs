@@ -543,7 +543,7 @@ mod tests {
     fn what_was_told_in_parts_is_a_total_and_is_not_unsaid() {
         let grants = Grants::new(1, [0; 16], 2);
         let id = open(&grants).unwrap();
-        let mut tell = |actual, partial| {
+        let tell = |actual, partial| {
             let told = Told { actual_cost: actual, partial, ..ESTIMATE };
             match grants.settle(id, &owner(), told, Time::ZERO) {
                 Taken::Open(dues) => dues[0].known,

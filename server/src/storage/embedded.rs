@@ -691,27 +691,40 @@ fn shard_of(id: CellId) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use fusebox_core::{Charging, Limit, TokenBucket};
+    use fusebox_core::{Ask, Charging, Decision, Limit, Policy, Time, TokenBucket};
 
     use super::*;
+    use crate::catalogue::{Budget, PolicyName};
 
-    const NOW: Time = Time::ZERO;
+    const NOW: Moment = Moment::ZERO;
 
-    fn policy() -> Policy {
+    /// The cell that keys without room share.
+    const CROWD: u64 = 99;
+
+    fn limiter(most: usize) -> Limiter {
         let bucket = TokenBucket::new(10, Duration::from_secs(1), 10).unwrap();
-        Policy::new(Limit::TokenBucket(bucket), 0)
+        Limiter {
+            name: PolicyName { namespace: "test".into(), policy: "policy".into() },
+            number: LimiterNumber(0),
+            settings: Policy::new(Limit::TokenBucket(bucket), 0),
+            keeping: Keeping::AtStop,
+            calendar: None,
+            budget: Arc::new(Budget::new(most)),
+        }
+    }
+
+    fn cell(number: u64) -> CellId {
+        CellId([number << 32, number])
     }
 
     /// Asks of cells by number.
-    fn asks<'a>(policy: &'a Policy, cells: &[u64], tokens: u64) -> Vec<CellAsk<'a>> {
-        let ask = |cell: &u64| CellAsk {
-            cell: CellId([*cell << 32, *cell]),
-            number: PolicyNumber(0),
-            policy,
-            keeping: Keeping::AtStop,
-            cost: Cost { tokens, estimated: false },
+    fn asks<'a>(limiter: &'a Limiter, cells: &[u64], tokens: u64) -> Vec<CellAsk<'a>> {
+        let ask = |number: &u64| CellAsk {
+            cell: cell(*number),
+            overflow: Some(cell(CROWD)),
+            limiter,
+            ask: Ask::spend(tokens),
+            shadow: false,
         };
         cells.iter().map(ask).collect()
     }
@@ -720,78 +733,116 @@ mod tests {
         cells: &Embedded,
         asks: &[CellAsk<'_>],
         room: Option<&mut Room>,
-        now: Time,
+        now: Moment,
     ) -> Result<Decision, StorageError> {
-        let charge = Charge { charging: Charging::AllOrNothing, asks };
-        let mut decision = Decision::default();
-        match cells.apply(&charge, room, now, &mut decision)? {
-            Answer::Now(()) => Ok(decision),
+        // An empty catalogue knows no limiter, so nothing holds a cell.
+        let catalogue = &Catalogue::default();
+        let charge = Charge { charging: Charging::AllOrNothing, asks, catalogue };
+        let mut decided = Decided::default();
+        match cells.apply(&charge, room, now, &mut decided)? {
+            Answer::Now(()) => Ok(decided.decision),
             Answer::Later(..) => panic!("memory answers at once"),
         }
     }
 
+    /// What is left of each cell after a charge of it.
+    fn left(cells: &Embedded, limiter: &Limiter, numbers: &[u64], tokens: u64) -> Vec<u64> {
+        let decision = apply(cells, &asks(limiter, numbers, tokens), None, NOW).unwrap();
+        assert!(decision.allowed, "{numbers:?}: {decision:?}");
+        decision.verdicts.iter().map(|verdict| verdict.remaining).collect()
+    }
+
     #[test]
-    fn a_full_server_serves_live_keys_on_and_charges_nothing_for_new_ones() {
-        let (policy, cells) = (policy(), Embedded::new(2).0);
-        let apply = |ids: &[u64], tokens| apply(&cells, &asks(&policy, ids, tokens), None, NOW);
-        assert!(apply(&[1, 2], 1).is_ok());
-        assert!(matches!(apply(&[3], 1), Err(StorageError::Full(2))));
-        assert!(matches!(apply(&[1, 3], 1), Err(StorageError::Full(2))));
-        assert!(apply(&[3], 0).is_ok(), "a peek needs no room");
-        assert_eq!(apply(&[1], 1).unwrap().verdicts[0].remaining, 8);
+    fn a_full_server_serves_live_keys_on_and_new_ones_share_a_cell() {
+        let (limiter, cells) = (limiter(100), Embedded::new(2).0);
+        let left = |numbers: &[u64], tokens| left(&cells, &limiter, numbers, tokens);
+        assert_eq!(left(&[1, 2], 1), [9, 9]);
+        assert_eq!(left(&[3], 0), [10]);
+        assert_eq!(cells.live(), 2, "a peek needs no room");
+        assert_eq!((left(&[3], 4), left(&[4], 4)), (vec![6], vec![2]));
+        assert_eq!(cells.live(), 3, "the shared one comes on top");
+        assert_eq!(left(&[1, 5], 2), [7, 0]);
+        assert_eq!(left(&[2], 1), [8]);
+    }
+
+    #[test]
+    fn a_policy_without_room_shares_alone() {
+        let (small, large, cells) = (limiter(1), limiter(100), Embedded::new(100).0);
+        assert_eq!(left(&cells, &small, &[1], 1), [9]);
+        assert_eq!(left(&cells, &small, &[2], 4), [6]);
+        assert_eq!(left(&cells, &small, &[3], 4), [2]);
+        assert_eq!(left(&cells, &large, &[4], 1), [9]);
+        assert_eq!((small.budget.live(), small.budget.overflow_cells()), (2, 1));
+    }
+
+    #[test]
+    fn a_key_that_finds_room_again_has_spent_what_the_crowd_has() {
+        let (limiter, cells) = (limiter(1), Embedded::new(100).0);
+        let left = |numbers: &[u64], tokens| left(&cells, &limiter, numbers, tokens);
+        assert_eq!((left(&[1], 1), left(&[2], 4)), (vec![9], vec![6]));
+        limiter.budget.set_most(100);
+        assert_eq!(left(&[2], 1), [5], "not fresh under its own name");
+        assert_eq!(left(&[3], 1), [5]);
+        assert_eq!(left(&[CROWD], 0), [6], "which is not charged any more");
+    }
+
+    #[test]
+    fn two_keys_without_room_are_charged_together() {
+        let (limiter, cells) = (limiter(0), Embedded::new(100).0);
+        assert_eq!(left(&cells, &limiter, &[1, 2], 4), [6, 2]);
+        let denied = apply(&cells, &asks(&limiter, &[3, 4], 2), None, NOW).unwrap();
+        assert!(!denied.allowed);
+        assert_eq!(left(&cells, &limiter, &[5], 0), [2]);
     }
 
     #[test]
     fn more_than_there_is_room_for_may_be_recovered_and_is_served() {
-        let (policy, cells) = (policy(), Embedded::new(1).0);
-        let state = fusebox_core::token_bucket::State { spent: 5, remainder: 0, out: 0, at: NOW };
-        let cell = Cell { revision: 1, state: fusebox_core::State::TokenBucket(state) };
-        for id in [1, 2] {
-            cells.restore(CellId([id << 32, id]), PolicyNumber(0), cell, false, false);
+        let (limiter, cells) = (limiter(100), Embedded::new(1).0);
+        let state =
+            fusebox_core::token_bucket::State { spent: 5, remainder: 0, out: 0, at: Time::ZERO };
+        let state = fusebox_core::State::TokenBucket(state);
+        let kept =
+            Kept { number: limiter.number, cell: Cell { revision: 1, state }, is_overflow: false };
+        for number in [1, 2] {
+            cells.restore(cell(number), &limiter, &kept, false, false);
         }
-        let apply = |id| apply(&cells, &asks(&policy, &[id], 5), None, NOW);
-        assert!(apply(1).is_ok() && apply(2).is_ok());
-        assert!(cells.reserve(&asks(&policy, &[1, 2], 1)).is_ok());
-        assert!(matches!(apply(3), Err(StorageError::Full(2))));
+        assert_eq!(left(&cells, &limiter, &[1, 2], 5), [0, 0]);
+        assert_eq!(limiter.budget.live(), 2);
+        assert_eq!(left(&cells, &limiter, &[3], 1), [9], "in the shared cell");
+        assert_eq!(limiter.budget.overflow_cells(), 1);
     }
 
     #[test]
-    fn room_is_reserved_for_what_is_new_and_no_more_than_that() {
-        let (policy, cells) = (policy(), Embedded::new(2).0);
-        let live = asks(&policy, &[1], 1);
-        let mut room = cells.reserve(&live).unwrap();
-        assert!(apply(&cells, &live, Some(&mut room), NOW).is_ok());
+    fn room_in_the_queue_is_reserved_for_what_may_need_it() {
+        let (unmarked, cells) = (limiter(100), Embedded::new(100).0);
+        let marked = Limiter { keeping: Keeping::Marked, ..limiter(100) };
+        let many: Vec<_> = (0..limits::QUEUED_MARKS as u64).collect();
+        let room = cells.reserve(&asks(&marked, &many, 1)).unwrap();
+        let refused = cells.reserve(&asks(&marked, &[1], 1)).unwrap_err();
+        assert!(matches!(refused, StorageError::Behind(limits::QUEUED_MARKS)), "{refused}");
+        assert!(cells.reserve(&asks(&marked, &[1], 0)).is_ok(), "a peek needs none");
+        assert!(cells.reserve(&asks(&unmarked, &[1], 1)).is_ok(), "nor does what is not marked");
         drop(room);
-        assert_eq!(cells.live(), 1);
-
-        assert!(cells.reserve(&asks(&policy, &[2, 3], 1)).is_err());
-        let room = cells.reserve(&asks(&policy, &[1, 2], 1)).unwrap();
-        assert_eq!(cells.live(), 2, "what is reserved is counted");
-        assert!(cells.reserve(&asks(&policy, &[1], 1)).is_ok(), "a live key needs no room");
-        assert!(cells.reserve(&asks(&policy, &[3], 0)).is_ok(), "nor does a peek");
-        assert!(cells.reserve(&asks(&policy, &[3], 1)).is_err());
-        drop(room);
-        assert_eq!(cells.live(), 1, "and given back when it was not needed");
+        assert!(cells.reserve(&asks(&marked, &[1], 1)).is_ok(), "and it comes back");
     }
 
     #[test]
     fn cells_that_are_full_leave_and_make_room() {
-        let (policy, cells) = (policy(), Embedded::new(1).0);
-        assert!(apply(&cells, &asks(&policy, &[1], 1), None, NOW).is_ok());
-        // An empty catalogue knows no policy, so nothing holds the cell.
+        let (limiter, cells) = (limiter(100), Embedded::new(1).0);
+        assert_eq!(left(&cells, &limiter, &[1], 1), [9]);
         for _ in 0..cells.shards() {
             cells.tend(&Catalogue::default(), NOW);
         }
         assert_eq!(cells.live(), 0);
-        assert!(apply(&cells, &asks(&policy, &[2], 1), None, NOW).is_ok());
+        assert_eq!(left(&cells, &limiter, &[2], 1), [9]);
     }
 
     #[test]
     fn a_caller_that_is_late_does_not_find_a_swept_cell_full_before_it_was() {
-        let (policy, cells) = (policy(), Embedded::new(10).0);
-        let at = |millis: u64| Time::from_nanos(millis * 1_000_000);
+        let (limiter, cells) = (limiter(100), Embedded::new(10).0);
+        let at = |millis: u64| Moment::from_nanos(millis * 1_000_000);
         let apply =
-            |tokens, now| apply(&cells, &asks(&policy, &[1], tokens), None, now).unwrap().allowed;
+            |tokens, now| apply(&cells, &asks(&limiter, &[1], tokens), None, now).unwrap().allowed;
         assert!(apply(10, at(0)));
         // At 900 ms there were 9; the cell leaves at 1,000 ms, when there are 10.
         for _ in 0..cells.shards() {
@@ -803,10 +854,10 @@ mod tests {
 
     #[test]
     fn a_policy_that_denies_all_needs_no_room() {
-        let (policy, cells) = (policy(), Embedded::new(1).0);
-        assert!(apply(&cells, &asks(&policy, &[1], 1), None, NOW).is_ok());
         let nothing = TokenBucket::new(0, Duration::from_secs(1), 0).unwrap();
-        let closed = Policy::new(Limit::TokenBucket(nothing), 0);
-        assert!(apply(&cells, &asks(&closed, &[2], 1), None, NOW).is_ok(), "it is an answer");
+        let settings = Policy::new(Limit::TokenBucket(nothing), 0);
+        let (closed, cells) = (Limiter { settings, ..limiter(100) }, Embedded::new(1).0);
+        assert!(!apply(&cells, &asks(&closed, &[2], 1), None, NOW).unwrap().allowed);
+        assert_eq!(cells.live(), 0, "it is an answer");
     }
 }
