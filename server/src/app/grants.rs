@@ -340,8 +340,12 @@ impl Grants {
             return Taken::Settled;
         }
         let Some(grant) = shard.open_of(id, owner, now) else { return Taken::Unknown };
-        let dues = grant.parts.iter_mut().filter(|part| part.open.expires_at > now);
-        let dues = dues.filter_map(|part| part.settled(told)).collect();
+        // With the grant end also those of its parts that expired before and were not taken yet.
+        let due = |part: &mut Part| match part.open.expires_at > now {
+            true => part.settled(told),
+            false => (!told.partial).then(|| part.expired()),
+        };
+        let dues = grant.parts.iter_mut().filter_map(due).collect();
         if !told.partial {
             shard.end(id);
             self.open.fetch_sub(1, Ordering::Relaxed);
@@ -575,6 +579,23 @@ mod tests {
         };
         assert_eq!((dues.len(), dues[0].known.refund()), (1, 3));
         assert_eq!(grants.open(), 0);
+    }
+
+    #[test]
+    fn a_part_that_expired_a_moment_before_the_report_is_not_lost() {
+        let grants = Grants::new(1, [0; 16], 2);
+        let parts = vec![part(Holds::Permit, 1, 5), part(Holds::Estimate, 4, 10)];
+        let id = open_parts(&grants, parts).unwrap().id;
+        let tell = |partial| {
+            let told = Told { actual_cost: Some(3), partial, ..ESTIMATE };
+            match grants.settle(id, &owner(), told, Time::from_nanos(5)) {
+                Taken::Open(dues) => dues.iter().map(|due| due.known.refund()).collect::<Vec<_>>(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(tell(true), [0], "housekeeping will take the permit");
+        assert_eq!(tell(false), [1, 1], "unless the grant ends before it could");
+        assert!(grants.expire(Time::from_nanos(10)).is_empty());
     }
 
     #[test]
