@@ -15,6 +15,7 @@ use std::{sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use arrayvec::ArrayVec;
 use fusebox_core::{Charging, Kind, Limit, MAX_RULES, Moment, Purpose, Time, Wall};
+use parking_lot::Mutex;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
@@ -213,6 +214,8 @@ pub struct App {
     catalogue: ArcSwap<Catalogue>,
     storage: Arc<dyn Storage>,
     grants: Grants,
+    /// Held while a grant that a crash forgot is taken over.
+    attesting: Mutex<()>,
     lessees: Lessees,
     lines: Lines,
     clock: ServerClock,
@@ -258,6 +261,7 @@ impl App {
             catalogue: ArcSwap::from_pointee(catalogue),
             storage,
             grants,
+            attesting: Mutex::default(),
             lessees: Lessees::default(),
             lines: Lines::new(life.draining),
             clock,

@@ -305,13 +305,18 @@ impl Grants {
         self.open.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Whether another start gave that grant, if any did.
+    pub(super) fn is_of_earlier(&self, id: GrantId) -> bool {
+        id.boot != self.boot
+    }
+
     /// Whether a grant of an earlier start is one that this one knows nothing of, and its id is true.
     pub(super) fn is_forgotten(&self, name: GrantName, owner: &Owner) -> bool {
         let GrantName { id, claim } = name;
         let shard = self.shard(id).lock();
         let known = shard.open.contains_key(&id) || shard.settled.contains_key(&id);
         let is_true = claim.is_some_and(|claim| claim.is_true(id, owner, &self.secret));
-        id.boot != self.boot && !known && is_true
+        self.is_of_earlier(id) && !known && is_true
     }
 
     /// Every grant that is open.

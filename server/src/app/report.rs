@@ -125,6 +125,8 @@ impl App {
         now: Moment,
         answers: &mut Vec<Answer<()>>,
     ) -> Result<Renewed, StorageError> {
+        // Two attempts at once must not take over the permits of two.
+        let _alone = self.grants.is_of_earlier(name.id).then(|| self.attesting.lock());
         match self.grants.renew(name.id, owner, now.time) {
             Taken::Open(life) => return Ok(life),
             Taken::Settled => return Ok(Duration::ZERO),
