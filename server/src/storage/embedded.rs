@@ -725,6 +725,7 @@ mod tests {
             limiter,
             ask: Ask::spend(tokens),
             shadow: false,
+            held: false,
         };
         cells.iter().map(ask).collect()
     }
