@@ -129,9 +129,10 @@ fn observe(
         .with_callback(move |observer| {
             let Some(app) = state.app() else { return };
             for policy in app.catalogue().policies() {
-                for (count, (decision, reason)) in
-                    policy.decisions.counts().into_iter().zip(DECISION_LABELS)
-                {
+                let counts = policy.decisions.counts().into_iter().zip(DECISION_LABELS);
+                // What can happen anywhere is told from the start, all else once it has.
+                let told = counts.filter(|(count, (_, reason))| *count > 0 || reason.is_empty());
+                for (count, (decision, reason)) in told {
                     let labels = [
                         KeyValue::new("namespace", Arc::clone(&policy.namespace)),
                         KeyValue::new("policy", Arc::clone(&policy.name)),
