@@ -9,10 +9,10 @@ use std::{
     time::Duration,
 };
 
-use fusebox_core::{Admission, Cost, Reason};
+use fusebox_core::{Admission, Reason, Verdict};
 use fusebox_proto::v1::{AcquireRequest, Ask, resilience_server::Resilience};
 use fusebox_server::{
-    app::{self, Acquire, App, Principal},
+    app::{self, Acquire, App, Entry, Principal, Priority},
     config::Config,
     counters::Decisions,
     grpc::Service,
@@ -66,18 +66,20 @@ fn app(lifecycle: &Lifecycle) -> Arc<App> {
     let (clock, entropy) = (Arc::<ManualClock>::default(), Arc::<Counting>::default());
     let recovered = recover(Nothing::open(), &config, &clock).unwrap();
     let disk = recovered.writer.disk();
-    let storage::Recovered { catalogue, cells, grants, clock, boot, .. } = recovered;
-    let app = Arc::new(App::new(catalogue, cells, clock, entropy, boot, grants));
+    let storage::Recovered { catalogue, cells, grants, clock, boot, secret, .. } = recovered;
+    let life = app::Life { boot, secret, open: grants };
+    let app = Arc::new(App::new(catalogue, cells, clock, entropy, life));
     lifecycle.recovered(Arc::clone(&app), disk);
     app
 }
 
 fn decide(app: &Arc<App>, policies: &[&str], cost: u64) -> bool {
-    let cost = Cost { tokens: cost, estimated: false };
-    let asks = policies.iter().map(|policy| app::Ask { policy, key: "key", cost });
+    let ask = |policy| app::Ask { policy, key: "key", cost, estimated: false, lease: 0 };
+    let asks = policies.iter().copied().map(ask);
     let caller = app.caller(Principal::Anonymous);
-    let acquire = Acquire { namespace: "test", asks };
-    match app.acquire(caller, acquire, |acquired| acquired.decision.allowed).unwrap() {
+    let entry = Entry { asks, priority: Priority::Normal, retry: false };
+    let acquire = Acquire { namespace: "test", client: None, entry };
+    match app.acquire(caller, acquire, |acquired| acquired.decided.decision.allowed).unwrap() {
         Answer::Now(allowed) => allowed,
         Answer::Later(..) => panic!("memory answers at once"),
     }
@@ -108,12 +110,21 @@ fn counting_allocates_nothing() {
 
     let decisions = Decisions::default();
     let denied = Admission::Deny { reason: Reason::RateLimited, retry_after: None };
+    let verdict = Verdict {
+        cost: 1,
+        admission: denied,
+        shadow: false,
+        limit: 1,
+        remaining: 0,
+        reset_after: Duration::ZERO,
+        granted: 1,
+        slice: 0,
+    };
     let counted = allocations(|| {
         for (allowed, admission) in
             [(true, Admission::Allow), (false, Admission::Allow), (false, denied)]
         {
-            let decision = fusebox_core::Decision { allowed, verdicts: Default::default() };
-            decisions.count(&decision, admission);
+            decisions.count(allowed, &Verdict { admission, ..verdict });
         }
     });
     assert_eq!(counted.0, 0);

@@ -13,8 +13,7 @@ mod requests;
 use std::{fmt::Debug, time::Duration};
 
 use fusebox_core::{
-    Admission, Cost, Kind, Settlement, Time, TokenBucket,
-    token_bucket::{Mark, State},
+    Admission, Ask, Kind, Moment, Purpose, Settlement, TokenBucket, token_bucket::State,
 };
 
 use crate::search::{Found, World, search};
@@ -42,13 +41,18 @@ impl Bucket {
         TokenBucket::new(1, Duration::from_nanos(PER.into()), BURST.into()).unwrap()
     }
 
-    fn at(ticks: u8) -> Time {
-        Time::from_nanos(ticks.into())
+    fn at(ticks: u8) -> Moment {
+        Moment::from_nanos(ticks.into())
     }
 
     fn state(self) -> State {
         let Self { spent, remainder, out } = self;
-        State { spent: spent.into(), remainder: remainder.into(), out: out.into(), at: Self::at(0) }
+        State {
+            spent: spent.into(),
+            remainder: remainder.into(),
+            out: out.into(),
+            at: Self::at(0).time,
+        }
     }
 
     fn of(State { spent, remainder, out, .. }: State) -> Self {
@@ -58,8 +62,9 @@ impl Bucket {
 
     /// The bucket after a charge, which may come back if it is `owed`; `None` if it is denied.
     fn charged(self, tokens: u8, owed: bool) -> Option<Self> {
-        let cost = Cost { tokens: tokens.into(), estimated: owed };
-        let plan = Self::settings().plan(Some(self.state()), cost, Self::at(0));
+        let purpose = if owed { Purpose::Estimate } else { Purpose::Spend };
+        let ask = Ask::spend(tokens.into()).to(purpose);
+        let plan = Self::settings().plan(Some(self.state()), ask, Self::at(0));
         (plan.admission == Admission::Allow).then(|| plan.charged.map_or(self, Self::of))
     }
 
@@ -73,15 +78,18 @@ impl Bucket {
     }
 
     fn settled_at(self, charged: u8, actual: u8, now: u8) -> Self {
-        let settlement = Settlement { charged: charged.into(), actual: actual.into(), max_debt: 0 };
+        let (charged, actual) = (charged.into(), actual.into());
+        let (partial, slice, window) = (false, None, None);
+        let settlement =
+            Settlement { charged, told: 0, actual, partial, slice, window, max_debt: 0 };
         let settled = Self::settings().settle(Some(self.state()), settlement, Self::at(now));
         settled.state.map_or(self, Self::of)
     }
 
     /// The bucket after a crash: a mark is all that is left of it, so nothing is out any more.
     fn recovered(self) -> Self {
-        let state = State::from(Mark::from(self.state()));
-        Self::of(Self::settings().revive(state, Self::at(0)))
+        let state = Self { out: 0, remainder: 0, spent: self.spent + u8::from(self.remainder > 0) };
+        Self::of(Self::settings().revive(state.state(), 0, Self::at(0)))
     }
 
     /// A bucket that begins as a copy: what is out comes back to the first one only.

@@ -1,12 +1,11 @@
 //! Several cells at once.
 
 use fusebox_core::{
-    Admission, Cells, Charging, Cost, Decision, Kind, Limit, MAX_RULES, Policy, Rule, Rules, Time,
-    apply,
+    Admission, Cells, Charging, Decision, Kind, MAX_RULES, Moment, Policy, Rule, Rules, apply,
 };
 use proptest::{collection::vec, prelude::*};
 
-use crate::{buckets, later, policy, spent, tokens};
+use crate::{buckets, later, policy, rule, spent, tokens};
 
 /// Policies, and rounds of asks: which policy and cell, which share of the burst, after which pause.
 type Rounds = Vec<(u64, Vec<(usize, u64)>)>;
@@ -21,16 +20,16 @@ fn rounds() -> impl Strategy<Value = (Vec<Policy>, Rounds)> {
 
 /// One cell for each policy; a cost in hundredths of its burst, so some are never possible.
 fn rules<'a>(policies: &'a [Policy], asks: &[(usize, u64)]) -> Rules<'a> {
-    let rule = |(index, share): &(usize, u64)| {
+    let one = |(index, share): &(usize, u64)| {
         let policy = &policies[*index];
         let cost = u128::from(policy.limit.capacity()) * u128::from(*share) / 100;
-        Rule { cell: *index, policy, cost: tokens(cost as u64) }
+        Rule { cell: *index, ..rule(policy, tokens(cost as u64)) }
     };
-    asks.iter().map(rule).collect()
+    asks.iter().map(one).collect()
 }
 
 /// The decision that one gets by asking each rule in turn, and taking all back on a denial.
-fn one_by_one(rules: &Rules<'_>, cells: &mut Cells, now: Time) -> bool {
+fn one_by_one(rules: &Rules<'_>, cells: &mut Cells, now: Moment) -> bool {
     let before = cells.clone();
     let allowed = rules.iter().all(|rule| {
         let alone = Rules::from_iter([*rule]);
@@ -48,7 +47,7 @@ proptest! {
     #[test]
     fn all_or_nothing_is_all_or_nothing((policies, rounds) in rounds()) {
         let mut cells: Cells = policies.iter().map(|_| None).collect();
-        let mut now = Time::ZERO;
+        let mut now = Moment::ZERO;
         for (pause, asks) in rounds {
             now = later(now, pause);
             let rules = rules(&policies, &asks);
@@ -65,7 +64,7 @@ proptest! {
     #[test]
     fn each_alone_charges_what_it_allows((policies, rounds) in rounds()) {
         let mut cells: Cells = policies.iter().map(|_| None).collect();
-        let mut now = Time::ZERO;
+        let mut now = Moment::ZERO;
         for (pause, asks) in rounds {
             now = later(now, pause);
             let rules = rules(&policies, &asks);
@@ -86,7 +85,7 @@ proptest! {
     #[test]
     fn always_never_goes_into_debt((policies, rounds) in rounds()) {
         let mut cells: Cells = policies.iter().map(|_| None).collect();
-        let mut now = Time::ZERO;
+        let mut now = Moment::ZERO;
         for (pause, asks) in rounds {
             now = later(now, pause);
             apply(&rules(&policies, &asks), Charging::Always, &mut cells, now);
@@ -99,14 +98,14 @@ proptest! {
     #[test]
     fn a_peek_changes_and_creates_nothing((policies, rounds) in rounds()) {
         let mut cells: Cells = policies.iter().map(|_| None).collect();
-        let mut now = Time::ZERO;
+        let mut now = Moment::ZERO;
         for (pause, asks) in rounds {
             now = later(now, pause);
             apply(&rules(&policies, &asks), Charging::EachAlone, &mut cells, now);
             let peeks: Rules<'_> = policies
                 .iter()
                 .enumerate()
-                .map(|(cell, policy)| Rule { cell, policy, cost: tokens(0) })
+                .map(|(cell, policy)| Rule { cell, ..rule(policy, tokens(0)) })
                 .collect();
             for charging in [Charging::AllOrNothing, Charging::EachAlone, Charging::Always] {
                 let before = cells.clone();
@@ -123,20 +122,18 @@ fn told_as_it_is(
     rules: &Rules<'_>,
     decision: &Decision,
     cells: &Cells,
-    now: Time,
+    now: Moment,
 ) -> Result<(), TestCaseError> {
     for (index, (rule, verdict)) in rules.iter().zip(&decision.verdicts).enumerate() {
         let asked_again = rules[index + 1..].iter().any(|later| later.cell == rule.cell);
         if decision.allowed && asked_again {
             continue; // it tells what was left before the later ask
         }
-        let Limit::TokenBucket(bucket) = rule.policy.limit;
         let state = cells[rule.cell].map(|cell| rule.policy.current(cell));
-        let level =
-            Limit::TokenBucket(bucket).plan(state, Cost { tokens: 0, estimated: false }, now);
+        let level = rule.policy.limit.plan(state, tokens(0), now);
         prop_assert_eq!(verdict.remaining, level.before.remaining);
         prop_assert_eq!(verdict.reset_after, level.before.reset_after);
-        prop_assert_eq!(verdict.cost, rule.cost.tokens);
+        prop_assert_eq!(verdict.cost, rule.ask.tokens);
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusebox_core::{Admission, Kind, Time, TokenBucket, token_bucket::State};
+use fusebox_core::{Admission, Kind, Moment, Time, TokenBucket, token_bucket::State};
 
 use crate::{later, tokens};
 
@@ -23,7 +23,7 @@ fn back_to_zero(state: Option<State>) -> Option<State> {
 }
 
 /// Takes what is left.
-fn drain(bucket: &TokenBucket, state: &mut Option<State>, now: Time) -> u64 {
+fn drain(bucket: &TokenBucket, state: &mut Option<State>, now: Moment) -> u64 {
     let left = bucket.plan(*state, tokens(0), now).before.remaining;
     let plan = bucket.plan(*state, tokens(left), now);
     assert_eq!(plan.admission, Admission::Allow);
@@ -35,11 +35,11 @@ fn drain(bucket: &TokenBucket, state: &mut Option<State>, now: Time) -> u64 {
 fn a_million_periods_admit_exactly_a_million_limits() {
     for bucket in rates() {
         let period = bucket.per_nanos();
-        let (mut state, mut now) = (None, Time::ZERO);
+        let (mut state, mut now) = (None, Moment::ZERO);
         let mut admitted = drain(&bucket, &mut state, now);
         assert_eq!(admitted, bucket.burst());
         for _ in 0..PERIODS {
-            (state, now) = (back_to_zero(state), Time::ZERO);
+            (state, now) = (back_to_zero(state), Moment::ZERO);
             // Never in step with the tokens: drained at two odd moments and at the end of each period.
             for part in [period / 7 + 1, period / 3, period - period / 7 - 1 - period / 3] {
                 now = later(now, part);
@@ -54,10 +54,10 @@ fn a_million_periods_admit_exactly_a_million_limits() {
 fn every_period_fills_at_its_end_and_not_before() {
     for bucket in rates() {
         let period = bucket.per_nanos();
-        let (mut state, mut now) = (None, Time::ZERO);
+        let (mut state, mut now) = (None, Moment::ZERO);
         drain(&bucket, &mut state, now);
         for _ in 0..PERIODS {
-            (state, now) = (back_to_zero(state), Time::ZERO);
+            (state, now) = (back_to_zero(state), Moment::ZERO);
             let full = tokens(bucket.limit());
             assert_ne!(
                 bucket.plan(state, full, later(now, period - 1)).admission,

@@ -7,11 +7,12 @@ use std::{
     time::Duration,
 };
 
-use fusebox_core::Cost;
 use fusebox_server::{
-    app::{Acquire, Acquired, App, Ask, GrantId, Outcome, Principal, Reported},
+    app::{
+        self, Acquire, Acquired, App, Ask, GrantName, Principal, Priority, Report, Reported, Told,
+    },
     config::Config,
-    storage::{Answer, Durable, Recovered, Storage, Writer},
+    storage::{Answer, Decided, Durable, Recovered, Storage, Writer},
 };
 use fusebox_tests::{
     Counting, ManualClock, Simulated,
@@ -157,9 +158,9 @@ struct World {
     crashes: i64,
     /// Entries of `lax` up to here are on disk.
     caught_up: usize,
-    open: Vec<(GrantId, usize, usize, u64)>,
+    open: Vec<(GrantName, usize, usize, u64)>,
     /// Grants whose life ended in a crash.
-    dead: Vec<GrantId>,
+    dead: Vec<GrantName>,
 }
 
 struct Life {
@@ -215,15 +216,15 @@ impl World {
 
     fn start(&mut self) {
         let recovered = recover(self.journal.open(), &self.config(), &self.clock).unwrap();
-        let Recovered { catalogue, cells, grants, writer, clock, boot, .. } = recovered;
+        let Recovered { catalogue, cells, grants, writer, clock, boot, secret, .. } = recovered;
         let stop = {
             let cells = Arc::clone(&cells);
             Box::new(move || cells.stop())
         };
         let storage = Arc::clone(&cells) as Arc<dyn Storage>;
         let entropy = Arc::new(Counting::default());
-        let app = App::new(catalogue, Arc::clone(&storage), clock, entropy, boot, grants);
-        let app = Arc::new(app);
+        let life = app::Life { boot, secret, open: grants };
+        let app = Arc::new(App::new(catalogue, Arc::clone(&storage), clock, entropy, life));
         self.life = Some(Life { app, cells: storage, writer, stop, waiting: Vec::new() });
     }
 
@@ -234,12 +235,13 @@ impl World {
     fn acquire(&mut self, policy: usize, key: usize, tokens: u64, estimated: bool) -> Option<u64> {
         let next = self.ledger.len();
         let life = self.life.as_mut().unwrap();
-        let ask =
-            Ask { policy: POLICIES[policy].name, key: KEYS[key], cost: Cost { tokens, estimated } };
-        let acquire = Acquire { namespace: "test", asks: [ask] };
+        let (name, key_name) = (POLICIES[policy].name, KEYS[key]);
+        let ask = Ask { policy: name, key: key_name, cost: tokens, estimated, lease: 0 };
+        let entry = app::Entry { asks: [ask], priority: Priority::Normal, retry: false };
+        let acquire = Acquire { namespace: "test", client: None, entry };
         let caller = life.app.caller(Principal::Anonymous);
         let tell = |acquired: &Acquired| {
-            let Acquired { decision, grant } = acquired;
+            let Acquired { decided: Decided { decision, .. }, grant, .. } = acquired;
             (decision.allowed, decision.verdicts[0].remaining, *grant)
         };
         let ((allowed, remaining, grant), durable) =
@@ -257,7 +259,7 @@ impl World {
             let entry = self.entry(policy, key, charged, estimated, told);
             self.ledger.push(entry);
             // Its caller would not know its id before it is told; what is refused is never reported.
-            self.open.extend(grant.map(|(_, id)| (id, policy, key, tokens)));
+            self.open.extend(grant.map(|name| (name, policy, key, tokens)));
         }
         None
     }
@@ -282,14 +284,16 @@ impl World {
         }
     }
 
-    fn reported(&mut self, id: GrantId, actual: u64) -> Reported {
+    fn reported(&mut self, grant: GrantName, actual: u64) -> Reported {
         let life = self.life();
         let caller = life.app.caller(Principal::Anonymous);
-        let outcome = [Outcome { grant: Some(id), actual_cost: Some(actual) }];
-        let mut report = pin!(life.app.report(caller, "test", &outcome));
+        let told = Told { actual_cost: Some(actual), ..Told::default() };
+        let outcomes = vec![(Some(grant), told)];
+        let report = Report { namespace: "test", client: None, outcomes, renewals: Vec::new() };
+        let mut report = pin!(life.app.report(caller, &report));
         loop {
             match report.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-                Poll::Ready(reported) => return reported.unwrap()[0],
+                Poll::Ready(reported) => return reported.unwrap().0[0],
                 Poll::Pending => write_all(&mut life.writer).unwrap(),
             };
         }

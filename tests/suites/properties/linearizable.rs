@@ -7,22 +7,26 @@
 use std::{
     collections::HashMap,
     ops::RangeInclusive,
-    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use fusebox_core::{
-    Cell, Charging, Cost, Decision, Kind, Policy, Rule, Settled, Time, TokenBucket, Verdict, apply,
-    saturating_nanos, settle,
+    Ask, Cell, Charging, Concurrency, Decision, Kind, Limit, Moment, Policy, Purpose, RetryBudget,
+    Settled, Settlement, SlidingWindow, TokenBucket, Verdict, WindowLimit, apply, saturating_nanos,
+    settle,
 };
 use fusebox_server::{
-    catalogue::{CellId, PolicyNumber},
-    storage::{Answer, CellAsk, Charge, Embedded, Keeping, Settlement, Storage},
+    catalogue::{Budget, Catalogue, CellId, Limiter, LimiterNumber, PolicyName},
+    storage::{self, Answer, CellAsk, Charge, Decided, Embedded, Judge, Keeping, Storage},
 };
 use parking_lot::Mutex;
 
-use crate::{policy, tokens};
+use crate::{policy, rule, settlement};
 
 /// Operations of one history: what fits the bits of a [`Done`].
 const OPERATIONS: usize = 64;
@@ -30,14 +34,14 @@ const OPERATIONS: usize = 64;
 /// Callers of one history.
 const CALLERS: RangeInclusive<usize> = 2..=8;
 
-/// Histories of each number of callers; all of them take a few seconds.
-const HISTORIES: usize = 1_500;
+/// Histories of each kind and number of callers; all of them take a few seconds.
+const HISTORIES: usize = 300;
 
 /// What a caller wants of the cell.
 #[derive(Clone, Copy, Debug)]
 enum Call {
-    Ask(Cost),
-    Settle { charged: u64, actual: u64 },
+    Ask(Ask),
+    Settle(Settlement),
 }
 
 /// What it is told.
@@ -49,41 +53,62 @@ enum Told {
 
 /// Cells by number, called by many at once.
 trait Cells: Sync {
-    fn call(&self, policy: &Policy, cell: u64, call: Call, now: Time) -> Told;
+    fn call(&self, cell: u64, call: Call, now: Moment) -> Told;
 }
 
 /// What a lone caller is told: the specification.
-fn alone(policy: &Policy, cell: &mut Option<Cell>, call: Call, now: Time) -> Told {
+fn alone(policy: &Policy, cell: &mut Option<Cell>, call: Call, now: Moment) -> Told {
     match call {
-        Call::Ask(cost) => {
-            let rules = [Rule { cell: 0, policy, cost }];
+        Call::Ask(ask) => {
             let cells = std::slice::from_mut(cell);
-            decided(&apply(&rules, Charging::AllOrNothing, cells, now))
+            decided(&apply(&[rule(policy, ask)], Charging::AllOrNothing, cells, now))
         }
-        Call::Settle { charged, actual } => {
-            Told::Settled(settle(policy, cell, charged, actual, now))
-        }
+        Call::Settle(settlement) => Told::Settled(settle(policy, cell, settlement, now)),
     }
 }
 
-impl Cells for Embedded {
-    fn call(&self, policy: &Policy, cell: u64, call: Call, now: Time) -> Told {
-        let number = PolicyNumber(0);
+/// The storage itself, and limiters of one policy that are kept in every way.
+struct Stored {
+    cells: Embedded,
+    limiters: [Limiter; 3],
+    catalogue: Catalogue,
+}
+
+impl Stored {
+    fn new(policy: &Policy) -> Self {
+        let (name, budget) =
+            (PolicyName { namespace: "n".into(), policy: "p".into() }, Budget::new(0));
+        let budget = Arc::new(budget);
         // Answers are compared as they are decided; when they may be told is for others to test.
-        let keepings = [Keeping::AtStop, Keeping::Behind, Keeping::Marked];
-        let keeping = keepings[cell as usize % keepings.len()];
+        let limiters = [Keeping::AtStop, Keeping::Behind, Keeping::Marked].map(|keeping| Limiter {
+            name: name.clone(),
+            number: LimiterNumber(0),
+            settings: policy.clone(),
+            keeping,
+            calendar: None,
+            budget: Arc::clone(&budget),
+        });
+        Self { cells: Embedded::new(HISTORIES).0, limiters, catalogue: Catalogue::default() }
+    }
+}
+
+impl Cells for Stored {
+    fn call(&self, cell: u64, call: Call, now: Moment) -> Told {
+        let Self { cells, limiters, catalogue } = self;
+        let limiter = &limiters[cell as usize % limiters.len()];
         let cell = CellId([cell << 32, cell]);
         match call {
-            Call::Ask(cost) => {
-                let asks = [CellAsk { cell, number, policy, keeping, cost }];
-                let charge = Charge { charging: Charging::AllOrNothing, asks: &asks };
-                let mut decision = Decision::default();
-                self.apply(&charge, None, now, &mut decision).unwrap();
-                decided(&decision)
+            Call::Ask(ask) => {
+                let asks = [CellAsk { cell, overflow: None, limiter, ask, shadow: false }];
+                let charge = Charge { charging: Charging::AllOrNothing, asks: &asks, catalogue };
+                let mut told = Decided::default();
+                cells.apply(&charge, None, now, &mut told).unwrap();
+                decided(&told.decision)
             }
-            Call::Settle { charged, actual } => {
-                let settlement = Settlement { cell, number, policy, keeping, charged, actual };
-                match Storage::settle(self, &settlement, now).unwrap() {
+            Call::Settle(known) => {
+                let (judge, revision) = (Judge { limiter, catalogue }, limiter.settings.revision);
+                let settlement = storage::Settlement { cell, judge, revision, known };
+                match cells.settle(&settlement, now).unwrap() {
                     Answer::Now(settled) | Answer::Later(settled, _) => Told::Settled(settled),
                 }
             }
@@ -99,7 +124,7 @@ fn decided(decision: &Decision) -> Told {
 #[derive(Clone, Debug)]
 struct Operation {
     call: Call,
-    now: Time,
+    now: Moment,
     told: Told,
     called: u64,
     answered: u64,
@@ -147,44 +172,77 @@ impl<'a> Recorder<'a> {
     /// What one caller does in one history.
     fn calls(&self, caller: usize, cell: usize) -> History {
         let mut random = Random((caller * self.histories + cell) as u64);
-        let capacity = self.policy.limit.capacity();
         let fills_in = self.policy.limit.fills_in().unwrap_or(Duration::from_secs(1));
         // In every other history time stands still, so that nothing but the calls changes the cell.
         let longest_step = if cell.is_multiple_of(2) { 0 } else { saturating_nanos(fills_in) / 16 };
-        let mut estimates = Vec::new();
+        let mut owed = Vec::new();
 
         self.start_together(cell);
         let operation = |_| {
-            let estimate = if random.below(3) == 0 { estimates.pop() } else { None };
-            let call = match (estimate, random.below(8)) {
-                (Some(charged), _) => {
-                    Call::Settle { charged, actual: random.below(2 * charged + 1) }
-                }
-                (None, 0) => Call::Ask(tokens(0)),
-                (None, 1) => Call::Ask(tokens(random.below(capacity + 2))),
-                (None, _) => {
-                    let (tokens, estimated) =
-                        (random.below(capacity / 8) + 1, random.below(2) == 0);
-                    Call::Ask(Cost { tokens, estimated })
-                }
+            let settled = if random.below(3) == 0 { owed.pop() } else { None };
+            let call = match settled {
+                Some(owed) => Call::Settle(self.settlement(owed, &mut random)),
+                None => Call::Ask(self.ask(&mut random)),
             };
             let step = random.below(longest_step + 1);
 
             let called = self.sequence.fetch_add(1, Ordering::SeqCst);
-            let now = Time::from_nanos(self.clock.fetch_add(step, Ordering::SeqCst));
+            let now = Moment::from_nanos(self.clock.fetch_add(step, Ordering::SeqCst));
             if random.below(4) == 0 {
                 // Others read a later clock meanwhile, and are decided first.
                 thread::yield_now();
             }
-            let told = self.cells.call(self.policy, cell as u64, call, now);
+            let told = self.cells.call(cell as u64, call, now);
             let answered = self.sequence.fetch_add(1, Ordering::SeqCst);
 
-            if let (Call::Ask(cost), Told::Decided { allowed: true, .. }) = (call, &told) {
-                estimates.extend(cost.estimated.then_some(cost.tokens));
+            match (call, &told) {
+                (Call::Ask(ask), Told::Decided { allowed: true, verdict }) if self.owes(ask) => {
+                    let (charged, slice) = (verdict.granted, Some(verdict.slice));
+                    owed.push(Settlement { slice, ..settlement(charged, 0) });
+                }
+                (Call::Settle(known), _) if known.partial => {
+                    owed.push(Settlement { told: known.actual, ..known });
+                }
+                _ => {}
             }
             Operation { call, now, told, called, answered }
         };
         (0..OPERATIONS / self.callers).map(operation).collect()
+    }
+
+    fn ask(&self, random: &mut Random) -> Ask {
+        let most = match self.policy.limit {
+            // As many retries as are there when nobody made a request.
+            Limit::RetryBudget(_) => 60,
+            limit => limit.capacity(),
+        };
+        let tokens = match random.below(8) {
+            0 => 0,
+            1 => random.below(most + 2),
+            _ => random.below(most / 8) + 1,
+        };
+        let purpose = match random.below(4) {
+            0 => Purpose::Estimate,
+            1 => Purpose::Lease { clients: 1 + random.below(3) as u32 },
+            _ => Purpose::Spend,
+        };
+        let reserved = if random.below(4) == 0 { most / 4 } else { 0 };
+        let ask = Ask { reserved, retry: random.below(2) == 0, ..Ask::spend(tokens) };
+        match self.policy.limit {
+            Limit::Concurrency(_) | Limit::RetryBudget(_) => ask,
+            _ => ask.to(purpose),
+        }
+    }
+
+    /// Whether what is charged may come back.
+    fn owes(&self, ask: Ask) -> bool {
+        matches!(self.policy.limit, Limit::Concurrency(_)) || ask.purpose != Purpose::Spend
+    }
+
+    fn settlement(&self, owed: Settlement, random: &mut Random) -> Settlement {
+        let actual = owed.told + random.below(2 * owed.charged + 1);
+        let (partial, max_debt) = (random.below(4) == 0, self.policy.max_debt);
+        Settlement { actual, partial, max_debt, ..owed }
     }
 
     /// Waits by looking: to be woken takes longer than a history.
@@ -281,7 +339,7 @@ fn histories(policy: &Policy) {
     let began = Instant::now();
     let (mut all, mut overlapping, mut reordered) = (0, 0, 0);
     for callers in CALLERS {
-        let cells = Embedded::new(HISTORIES).0;
+        let cells = Stored::new(policy);
         for mut history in Recorder::new(&cells, policy, callers, HISTORIES).record() {
             history.sort_by_key(|operation| operation.called);
             let lines = || history.iter().map(|line| format!("\n{line:?}")).collect::<String>();
@@ -301,29 +359,58 @@ fn histories(policy: &Policy) {
 
 #[test]
 fn callers_of_one_token_bucket_are_answered_as_if_each_came_alone() {
-    histories(&policy(TokenBucket::new(7, Duration::from_secs(3), 60).unwrap(), 20));
+    histories(&bucket());
+}
+
+#[test]
+fn callers_of_one_window_are_answered_as_if_each_came_alone() {
+    let limit = WindowLimit::fixed(60, Duration::from_secs(3)).unwrap();
+    histories(&Policy::new(Limit::Window(limit), 20));
+}
+
+#[test]
+fn callers_of_one_sliding_window_are_answered_as_if_each_came_alone() {
+    let limit = SlidingWindow::new(60, Duration::from_secs(3)).unwrap();
+    histories(&Policy::new(Limit::SlidingWindow(limit), 20));
+}
+
+#[test]
+fn callers_of_the_same_permits_are_answered_as_if_each_came_alone() {
+    let limit = Concurrency::new(60, Duration::from_secs(3)).unwrap();
+    histories(&Policy::new(Limit::Concurrency(limit), 0));
+}
+
+#[test]
+fn callers_of_one_retry_budget_are_answered_as_if_each_came_alone() {
+    let limit = RetryBudget::new(333, 20, Duration::from_secs(3)).unwrap();
+    histories(&Policy::new(Limit::RetryBudget(limit), 0));
+}
+
+fn bucket() -> Policy {
+    policy(TokenBucket::new(7, Duration::from_secs(3), 60).unwrap(), 20)
 }
 
 /// A storage that forgets its lock between reading a cell and writing it.
-#[derive(Default)]
-struct Torn(Mutex<HashMap<u64, Option<Cell>>>);
+struct Torn {
+    policy: Policy,
+    cells: Mutex<HashMap<u64, Option<Cell>>>,
+}
 
 impl Cells for Torn {
-    fn call(&self, policy: &Policy, cell: u64, call: Call, now: Time) -> Told {
-        let mut state = self.0.lock().get(&cell).copied().flatten();
+    fn call(&self, cell: u64, call: Call, now: Moment) -> Told {
+        let mut state = self.cells.lock().get(&cell).copied().flatten();
         thread::yield_now();
-        let told = alone(policy, &mut state, call, now);
-        self.0.lock().insert(cell, state);
+        let told = alone(&self.policy, &mut state, call, now);
+        self.cells.lock().insert(cell, state);
         told
     }
 }
 
 #[test]
 fn a_storage_that_reads_and_writes_without_a_lock_is_found_out() {
-    let policy = policy(TokenBucket::new(7, Duration::from_secs(3), 60).unwrap(), 20);
-    let torn = Torn::default();
-    let recorded = Recorder::new(&torn, &policy, 4, 200).record();
-    let wrong = recorded.iter().filter(|history| !is_linearizable(&policy, history)).count();
+    let torn = Torn { policy: bucket(), cells: Mutex::default() };
+    let recorded = Recorder::new(&torn, &torn.policy, 4, 200).record();
+    let wrong = recorded.iter().filter(|history| !is_linearizable(&torn.policy, history)).count();
     println!("{wrong} of {} torn histories have no order", recorded.len());
     assert!(wrong > 0);
 }
@@ -333,15 +420,15 @@ fn an_order_must_explain_every_answer_and_agree_with_time() {
     let policy = policy(TokenBucket::new(1, Duration::from_secs(1), 10).unwrap(), 0);
     let spent = |tokens| {
         let mut cell = None;
-        alone(&policy, &mut cell, Call::Ask(crate::tokens(tokens)), Time::ZERO);
+        alone(&policy, &mut cell, Call::Ask(crate::tokens(tokens)), Moment::ZERO);
         cell
     };
     // Asks of so many tokens, each told what it would be told once so many were spent.
     let history = |operations: &[(u64, u64, u64, u64)]| {
         let operation = |&(tokens, before, called, answered): &(u64, u64, u64, u64)| {
             let call = Call::Ask(crate::tokens(tokens));
-            let told = alone(&policy, &mut spent(before), call, Time::ZERO);
-            Operation { call, now: Time::ZERO, told, called, answered }
+            let told = alone(&policy, &mut spent(before), call, Moment::ZERO);
+            Operation { call, now: Moment::ZERO, told, called, answered }
         };
         operations.iter().map(operation).collect::<History>()
     };

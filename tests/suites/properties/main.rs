@@ -11,7 +11,9 @@ mod token_bucket;
 
 use std::time::Duration;
 
-use fusebox_core::{Cell, Cost, Limit, Policy, State, Time, TokenBucket};
+use fusebox_core::{
+    Ask, Cell, Limit, Moment, Policy, Purpose, Rule, Settlement, State, TokenBucket,
+};
 use proptest::prelude::*;
 
 /// Settings of every size: the primes among them divide nothing.
@@ -46,21 +48,38 @@ fn costs(bucket: TokenBucket) -> impl Strategy<Value = u64> {
     prop_oneof![0..=bucket.burst().min(5), 0..=bucket.burst()]
 }
 
-fn tokens(tokens: u64) -> Cost {
-    Cost { tokens, estimated: false }
+fn tokens(tokens: u64) -> Ask {
+    Ask::spend(tokens)
+}
+
+fn estimate(tokens: u64) -> Ask {
+    Ask::spend(tokens).to(Purpose::Estimate)
+}
+
+/// That of an estimate of which nothing was known before.
+fn settlement(charged: u64, actual: u64) -> Settlement {
+    let (slice, window) = (None, None);
+    Settlement { charged, told: 0, actual, partial: false, slice, window, max_debt: 0 }
 }
 
 fn policy(bucket: TokenBucket, max_debt: u64) -> Policy {
     Policy::new(Limit::TokenBucket(bucket), max_debt)
 }
 
+/// One that is decided over the first cell.
+fn rule(policy: &Policy, ask: Ask) -> Rule<'_> {
+    Rule { cell: 0, policy, ask, shadow: false, overflow: false }
+}
+
 fn spent(cell: Option<Cell>) -> u64 {
     cell.map_or(0, |cell| {
-        let State::TokenBucket(state) = cell.state;
+        let State::TokenBucket(state) = cell.state else { panic!("of another kind") };
         state.spent
     })
 }
 
-fn later(now: Time, nanos: u64) -> Time {
-    now.after(Duration::from_nanos(nanos))
+/// So much later on both clocks.
+fn later(now: Moment, nanos: u64) -> Moment {
+    let pause = Duration::from_nanos(nanos);
+    Moment { time: now.time.after(pause), wall: now.wall.after(pause) }
 }

@@ -1,12 +1,12 @@
 //! What a crash leaves behind: marks, and cells of an earlier revision.
 
 use fusebox_core::{
-    Admission, Cell, Cells, Charging, Cost, Kind, Limit, Rule, Rules, State, Time, TokenBucket,
-    apply,
+    Admission, Cell, Cells, Charging, Kind, Limit, Mark, Moment, State, Time, TokenBucket, apply,
+    token_bucket,
 };
 use proptest::{collection::vec, prelude::*};
 
-use crate::{buckets, costs, later, policy, steps, tokens};
+use crate::{buckets, costs, estimate, later, policy, rule, steps, tokens};
 
 /// Some way into the life of a bucket.
 fn lives() -> impl Strategy<Value = (TokenBucket, Vec<(u64, u64)>, u64, u64)> {
@@ -16,13 +16,21 @@ fn lives() -> impl Strategy<Value = (TokenBucket, Vec<(u64, u64)>, u64, u64)> {
     })
 }
 
+/// What is on disk of a bucket with that mark.
+fn kept(state: token_bucket::State, mark: Mark) -> token_bucket::State {
+    let State::TokenBucket(kept) = State::TokenBucket(state).kept(mark) else {
+        panic!("of another kind")
+    };
+    kept
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     /// A mark covers the state it was made of, and as many tokens more as its step.
     #[test]
     fn a_mark_covers_its_step((bucket, history, wait, step) in lives()) {
-        let (mut state, mut now) = (None, Time::ZERO);
+        let (mut state, mut now) = (None, Moment::ZERO);
         for (pause, cost) in history {
             now = later(now, pause);
             let plan = bucket.plan(state, tokens(cost), now);
@@ -32,9 +40,9 @@ proptest! {
         }
         // A mark is made where a charge is: of the state as it is now.
         let Some(marked) = state else { return Ok(()) };
-        now = marked.at;
-        let mark = bucket.mark(marked, step);
-        prop_assert!(bucket.covers(mark, marked));
+        now.time = marked.at;
+        let mark = bucket.mark(marked, step, now);
+        prop_assert!(bucket.covers(mark, marked, marked));
 
         // At once: all of the step.
         let mut taken = 0;
@@ -43,7 +51,7 @@ proptest! {
             if plan.admission == Admission::Allow && taken + cost <= step {
                 taken += cost;
                 state = plan.charged;
-                prop_assert!(bucket.covers(mark, state.unwrap()), "after {} of {}", taken, step);
+                prop_assert!(bucket.covers(mark, marked, state.unwrap()), "after {} of {}", taken, step);
             }
         }
 
@@ -54,9 +62,9 @@ proptest! {
         if plan.admission == Admission::Allow {
             state = plan.charged;
         }
-        if bucket.covers(mark, state.unwrap()) {
+        if bucket.covers(mark, marked, state.unwrap()) {
             for moment in [now, later(now, wait), later(now, wait.saturating_mul(2))] {
-                let recovered = bucket.revive(mark.into(), moment);
+                let recovered = bucket.revive(kept(state.unwrap(), mark), 0, moment);
                 let remaining = |state| bucket.plan(Some(state), tokens(0), moment).before.remaining;
                 prop_assert!(remaining(recovered) <= remaining(state.unwrap()));
             }
@@ -66,15 +74,15 @@ proptest! {
     /// A mark that is behind is known as such.
     #[test]
     fn a_mark_that_is_behind_does_not_cover((bucket, history, ..) in lives()) {
-        let (mut state, mut now) = (None::<fusebox_core::token_bucket::State>, Time::ZERO);
+        let (mut state, mut now) = (None::<token_bucket::State>, Moment::ZERO);
         for (pause, cost) in history {
             now = later(now, pause);
             let plan = bucket.plan(state, tokens(cost), now);
             if cost > 0 && plan.admission == Admission::Allow {
                 if let Some(before) = state {
                     // In whole tokens, so it knows one that is behind by a whole one.
-                    let before = bucket.mark(before, 0);
-                    prop_assert!(!bucket.covers(before, plan.charged.unwrap()));
+                    let behind = bucket.mark(before, 0, now);
+                    prop_assert!(!bucket.covers(behind, before, plan.charged.unwrap()));
                 }
                 state = plan.charged;
             }
@@ -84,16 +92,16 @@ proptest! {
     /// A clock that went wrong while we were away never makes a key wait longer than its own burst.
     #[test]
     fn a_mark_of_the_future_refills_from_now((bucket, history, wait, step) in lives()) {
-        let (mut state, mut now) = (None, Time::ZERO);
+        let (mut state, mut now) = (None, Moment::ZERO);
         for (pause, cost) in history {
             now = later(now, pause);
             state = bucket.plan(state, tokens(cost), now).charged.or(state);
         }
         let Some(state) = state else { return Ok(()) };
-        let mark = bucket.mark(state, step);
-        let early = Time::from_nanos(now.as_nanos().saturating_sub(wait));
-        let revived = bucket.revive(mark.into(), early);
-        prop_assert!(revived.at <= early);
+        let mark = bucket.mark(state, step, now);
+        let early = Moment::from_nanos(now.time.as_nanos().saturating_sub(wait));
+        let revived = bucket.revive(kept(state, mark), 0, early);
+        prop_assert!(revived.at <= early.time);
         prop_assert!(revived.spent <= mark.spent);
     }
 
@@ -106,8 +114,8 @@ proptest! {
         part in any::<prop::sample::Index>(),
     ) {
         let remainder = part.index(usize::try_from(older.per_nanos()).unwrap()) as u64;
-        let state = fusebox_core::token_bucket::State { spent, remainder, out: 0, at: Time::ZERO };
-        let rebased = newer.rebase(state, Some(&older), Time::ZERO);
+        let state = token_bucket::State { spent, remainder, out: 0, at: Time::ZERO };
+        let rebased = newer.rebase(state, Some(&older), Moment::ZERO);
         // The begun token as a fraction, remainder / per, multiplied out.
         let (old_per, per) = (u128::from(older.per_nanos()), u128::from(newer.per_nanos()));
         let parts = u128::from(rebased.spent - spent) * per + u128::from(rebased.remainder);
@@ -129,12 +137,11 @@ proptest! {
         let most = bucket(*limits.iter().max().unwrap()).unwrap();
         let least = bucket(*limits.iter().min().unwrap()).unwrap();
 
-        let mut now = Time::ZERO;
-        let rule = |policy| Rules::from_iter([Rule { cell: 0, policy, cost: tokens(cost) }]);
+        let mut now = Moment::ZERO;
         let mut cells = Cells::from_iter([None::<Cell>]);
-        apply(&rule(&changing), Charging::AllOrNothing, &mut cells, now);
+        apply(&[rule(&changing, tokens(cost))], Charging::AllOrNothing, &mut cells, now);
         let cell = cells[0].unwrap();
-        let State::TokenBucket(start) = cell.state;
+        let State::TokenBucket(start) = cell.state else { panic!("of another kind") };
 
         for (limit, pause) in limits.iter().skip(1).zip(&pauses) {
             now = later(now, *pause);
@@ -155,8 +162,8 @@ proptest! {
 #[test]
 fn what_an_open_estimate_may_give_back_is_not_promised_after_a_crash() {
     let bucket = TokenBucket::new(1, std::time::Duration::from_secs(1), 10).unwrap();
-    let plan = bucket.plan(None, Cost { tokens: 8, estimated: true }, Time::ZERO);
-    let mark = bucket.mark(plan.charged.unwrap(), 0);
-    assert_eq!(fusebox_core::token_bucket::State::from(mark).out, 0);
-    assert!(bucket.covers(mark, plan.charged.unwrap()));
+    let state = bucket.plan(None, estimate(8), Moment::ZERO).charged.unwrap();
+    let mark = bucket.mark(state, 0, Moment::ZERO);
+    assert_eq!(kept(state, mark).out, 0);
+    assert!(bucket.covers(mark, state, state));
 }

@@ -1,6 +1,6 @@
 //! A token bucket as one would explain it: no state, only the history of what was admitted.
 
-use fusebox_core::{Time, TokenBucket};
+use fusebox_core::{Moment, Time, TokenBucket};
 
 /// What was admitted, and when.
 pub struct History {
@@ -17,7 +17,7 @@ impl History {
     ///
     /// In every interval that ends now, what was admitted in it and `cost` must be at most the burst and
     /// what flowed in since the interval began.
-    pub fn admits(&self, cost: u64, now: Time) -> bool {
+    pub fn admits(&self, cost: u64, Moment { time: now, .. }: Moment) -> bool {
         if cost == 0 {
             return true;
         }
@@ -33,7 +33,7 @@ impl History {
         fits
     }
 
-    pub fn admit(&mut self, cost: u64, now: Time) {
+    pub fn admit(&mut self, cost: u64, Moment { time: now, .. }: Moment) {
         self.admitted.push((now, cost));
     }
 }

@@ -1,11 +1,11 @@
 //! One bucket.
 
 use fusebox_core::{
-    Admission, Cost, Kind, Reason, Settlement, Time, TokenBucket, token_bucket::State,
+    Admission, Kind, Moment, Reason, Settlement, Time, TokenBucket, token_bucket::State,
 };
 use proptest::{collection::vec, prelude::*};
 
-use crate::{buckets, costs, later, model::History, steps, tokens};
+use crate::{buckets, costs, estimate, later, model::History, settlement, steps, tokens};
 
 fn histories() -> impl Strategy<Value = (TokenBucket, Vec<(u64, u64)>)> {
     buckets().prop_flat_map(|bucket| (Just(bucket), vec((steps(bucket), costs(bucket)), 1..60)))
@@ -18,7 +18,7 @@ proptest! {
     #[test]
     fn a_bucket_admits_what_its_history_does((bucket, history) in histories()) {
         let mut model = History::new(bucket);
-        let (mut state, mut now) = (None, Time::ZERO);
+        let (mut state, mut now) = (None, Moment::ZERO);
         for (step, cost) in history {
             now = later(now, step);
             let plan = bucket.plan(state, tokens(cost), now);
@@ -34,7 +34,7 @@ proptest! {
     /// A denial holds until the promised instant, and not a nanosecond longer.
     #[test]
     fn the_wait_of_a_denial_is_exact((bucket, history) in histories()) {
-        let (mut state, mut now) = (None, Time::ZERO);
+        let (mut state, mut now) = (None, Moment::ZERO);
         for (step, cost) in history {
             now = later(now, step);
             let plan = bucket.plan(state, tokens(cost), now);
@@ -56,7 +56,7 @@ proptest! {
     /// Full is when the cell says so, and not a nanosecond earlier; then it is as good as none.
     #[test]
     fn a_cell_is_full_when_it_says((bucket, history) in histories()) {
-        let (mut state, mut now) = (None, Time::ZERO);
+        let (mut state, mut now) = (None, Moment::ZERO);
         for (step, cost) in history {
             now = later(now, step);
             let plan = bucket.plan(state, tokens(cost), now);
@@ -64,14 +64,15 @@ proptest! {
                 state = plan.charged;
             }
             let Some(charged) = state else { continue };
-            let full_at = bucket.full_at(charged).expect("nothing is out");
+            let full_at = bucket.full_at(charged, now).expect("nothing is out");
             let level = |at| bucket.plan(state, tokens(0), at).before;
-            prop_assert_eq!(later(now, level(now).reset_after.as_nanos() as u64), full_at.max(now));
-            if full_at > now {
-                let nearly = later(Time::ZERO, full_at.as_nanos() - 1);
+            prop_assert_eq!(now.time.after(level(now).reset_after), full_at.max(now.time));
+            let at = |time: Time| Moment { time, ..now };
+            if full_at > now.time {
+                let nearly = at(Time::from_nanos(full_at.as_nanos() - 1));
                 prop_assert!(level(nearly).reset_after.as_nanos() == 1);
             }
-            prop_assert_eq!(level(full_at), bucket.plan(None, tokens(0), full_at).before);
+            prop_assert_eq!(level(at(full_at)), bucket.plan(None, tokens(0), at(full_at)).before);
         }
     }
 
@@ -81,10 +82,10 @@ proptest! {
         (bucket, history) in histories(),
         back in 0..1_000_000_u64,
     ) {
-        let (mut state, mut now) = (None, Time::from_nanos(1_000_000));
+        let (mut state, mut now) = (None, Moment::from_nanos(1_000_000));
         for (step, cost) in history {
             now = later(now, step);
-            let early = Time::from_nanos(now.as_nanos() - back);
+            let early = Moment::from_nanos(now.time.as_nanos() - back);
             let on_time = bucket.plan(state, tokens(cost), now);
             if let Some(state) = state {
                 let late = bucket.plan(Some(state), tokens(cost), early);
@@ -104,24 +105,24 @@ proptest! {
         max_debt in 0..100_u64,
     ) {
         let (mut estimated, mut exact) = (None, None);
-        let mut now = Time::ZERO;
+        let mut now = Moment::ZERO;
         for ((step, cost), share) in history.into_iter().zip(shares) {
             now = later(now, step);
             let actual = cost.saturating_mul(share) / 100;
-            let plan = bucket.plan(estimated, Cost { tokens: cost, estimated: true }, now);
+            let plan = bucket.plan(estimated, estimate(cost), now);
             if cost == 0 || plan.admission != Admission::Allow {
                 continue;
             }
-            let settlement = Settlement { charged: cost, actual, max_debt };
+            let settlement = Settlement { max_debt, ..settlement(cost, actual) };
             let settled = bucket.settle(plan.charged, settlement, now);
             prop_assert_eq!(settled.refunded + actual, cost + settled.owed + settled.dropped);
             estimated = settled.state;
 
             // The same, by charging what was really taken.
             let taken = cost + settled.owed - settled.refunded;
-            let before = exact.unwrap_or(State { spent: 0, remainder: 0, out: 0, at: now });
+            let before = exact.unwrap_or(State { spent: 0, remainder: 0, out: 0, at: now.time });
             let refilled = bucket.plan(Some(before), tokens(0), now);
-            let spent = bucket.revive(before, now);
+            let spent = bucket.revive(before, 0, now);
             prop_assert_eq!(refilled.before, bucket.plan(Some(spent), tokens(0), now).before);
             exact = Some(State { spent: spent.spent + taken, ..spent });
             prop_assert_eq!(estimated, exact);
@@ -137,15 +138,14 @@ proptest! {
         settles in vec(any::<(bool, prop::sample::Index)>(), 60),
     ) {
         let mut open: Vec<u64> = Vec::new();
-        let (mut state, mut now) = (None, Time::ZERO);
+        let (mut state, mut now) = (None, Moment::ZERO);
         for ((step, cost), (settle, which)) in history.into_iter().zip(settles) {
             now = later(now, step);
             if settle && !open.is_empty() {
                 let charged = open.swap_remove(which.index(open.len()));
-                let settlement = Settlement { charged, actual: 0, max_debt: 0 };
-                state = bucket.settle(state, settlement, now).state;
+                state = bucket.settle(state, settlement(charged, 0), now).state;
             } else {
-                let plan = bucket.plan(state, Cost { tokens: cost, estimated: true }, now);
+                let plan = bucket.plan(state, estimate(cost), now);
                 if cost > 0 && plan.admission == Admission::Allow {
                     state = plan.charged;
                     open.push(cost);
