@@ -132,6 +132,17 @@ impl State {
         }
     }
 
+    /// The same with so many of the spent tokens out, where refill has to know it; permits are all held.
+    #[must_use]
+    pub fn with_out(self, out: u64) -> Self {
+        match self {
+            Self::TokenBucket(state) => {
+                Self::TokenBucket(token_bucket::State { out: out.min(state.spent), ..state })
+            }
+            other => other,
+        }
+    }
+
     /// Tokens that may still come back: those of open grants.
     #[must_use]
     pub const fn out(&self) -> u64 {

@@ -476,8 +476,9 @@ impl Revival<'_> {
         let settings = &limiter.settings;
         // Also of one that leaves: its record is still there.
         self.in_use.insert(kept.number);
-        // What was out is so again only where its grant goes on.
-        let state = settings.limit.revive(settings.current(kept.cell), out, self.now);
+        // What was out is so again only where its grant goes on; nothing flowed into its place meanwhile.
+        let left = Cell { state: kept.cell.state.with_out(out), ..kept.cell };
+        let state = settings.limit.revive(settings.current(left), out, self.now);
         let revived = Cell { revision: settings.revision, state };
         let leaves = match settings.leaves_at(revived, self.now) {
             Some(leaves_at) => leaves_at <= self.now.time,
