@@ -223,7 +223,7 @@ impl World {
         };
         let storage = Arc::clone(&cells) as Arc<dyn Storage>;
         let entropy = Arc::new(Counting::default());
-        let life = app::Life { boot, secret, open: grants };
+        let life = app::Life { boot, secret, open: grants, draining: Default::default() };
         let app = Arc::new(App::new(catalogue, Arc::clone(&storage), clock, entropy, life));
         self.life = Some(Life { app, cells: storage, writer, stop, waiting: Vec::new() });
     }

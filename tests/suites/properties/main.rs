@@ -4,6 +4,7 @@
 mod decisions;
 mod drift;
 mod histories;
+mod leases;
 mod linearizable;
 mod marks;
 mod model;
@@ -68,7 +69,7 @@ fn policy(bucket: TokenBucket, max_debt: u64) -> Policy {
 
 /// One that is decided over the first cell.
 fn rule(policy: &Policy, ask: Ask) -> Rule<'_> {
-    Rule { cell: 0, policy, ask, shadow: false, overflow: false }
+    Rule { cell: 0, policy, ask, shadow: false, overflow: false, held: false }
 }
 
 fn spent(cell: Option<Cell>) -> u64 {
