@@ -46,7 +46,7 @@ pub(super) fn acquire(request: &AcquireRequest) -> Result<Wanted<'_>, Refusal> {
     let mut refusal = Refusal::default();
     namespace(&mut refusal, &request.namespace);
     client(&mut refusal, request.client.as_ref());
-    entry(&mut refusal, None, request);
+    entry(&mut refusal, None, request.client.is_some(), request);
     let max_wait = max_wait(&mut refusal, request);
     let id = request.request_id.as_str();
     if id.len() > limits::REQUEST_ID_BYTES {
@@ -101,6 +101,7 @@ pub(super) fn batch<'a>(
         let most = limits::BATCH_ASKS;
         refusal.violation("requests", format!("{asks} asks in all; at most {most}"));
     }
+    let named = request.client.is_some();
     for (index, request) in entries.iter().enumerate() {
         if refusal.is_full() {
             break;
@@ -109,7 +110,7 @@ pub(super) fn batch<'a>(
             let message = "the batch names the namespace once; leave it out here";
             refusal.violation(format!("requests[{index}].namespace"), message);
         }
-        entry(&mut refusal, Some(index), request);
+        entry(&mut refusal, Some(index), named, request);
     }
     refusal.or_else(|| Batch {
         namespace: &request.namespace,
@@ -186,8 +187,9 @@ fn grant_outcome(refusal: &mut Refusal, index: usize, outcome: &GrantOutcome) {
     }
 }
 
-/// What an Acquire and an entry of a batch, which has an index, have in common.
-fn entry(refusal: &mut Refusal, index: Option<usize>, request: &AcquireRequest) {
+/// What an Acquire and an entry of a batch, which has an index, have in common; `named` if the caller says
+/// who it is.
+fn entry(refusal: &mut Refusal, index: Option<usize>, named: bool, request: &AcquireRequest) {
     let field = |name: &str| in_entry(index) + name;
     if index.is_some() && request.client.is_some() {
         let message = "the batch names the client once; leave it out here";
@@ -218,7 +220,7 @@ fn entry(refusal: &mut Refusal, index: Option<usize>, request: &AcquireRequest) 
         if one.lease > 0 && leased > 1 {
             refusal.violation(field("lease"), "one ask of an Acquire may want a lease");
         }
-        if one.lease > 0 && index.is_none() && request.client.is_none() {
+        if one.lease > 0 && !named {
             refusal.violation("client.id", "required: a lease is a client's own");
         }
         refusal.unsupported(one.handle != 0, || field("handle"));
