@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use fusebox_client::{Ask, Client, Reason};
-use fusebox_proto::v1::{AcquireBatchRequest, AcquireRequest, AcquireResponse, Decision};
+use fusebox_proto::v1::{AcquireRequest, AcquireResponse, Decision};
 use fusebox_tests::Server;
 use tonic::Code;
 
-use crate::{CONFIG, ask, remaining, request};
+use crate::{CONFIG, ask, batch, remaining, request};
 
 #[tokio::test]
 async fn a_denied_call_is_allowed_at_the_time_it_was_told_and_not_before() {
@@ -141,10 +141,6 @@ async fn a_client_says_where_nobody_answers() {
 
 fn entry(asks: impl IntoIterator<Item = fusebox_proto::v1::Ask>) -> AcquireRequest {
     AcquireRequest { namespace: String::new(), ..request(asks) }
-}
-
-fn batch(requests: Vec<AcquireRequest>) -> AcquireBatchRequest {
-    AcquireBatchRequest { namespace: "test".into(), requests, client: None }
 }
 
 #[tokio::test]

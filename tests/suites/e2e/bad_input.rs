@@ -2,7 +2,7 @@
 
 use fusebox_proto::v1::{
     AcquireBatchRequest, AcquireRequest, AcquireResponse, Ask, CircuitDelta, Client, GrantOutcome,
-    Priority, ReportRequest,
+    ReportRequest,
 };
 use fusebox_tests::Server;
 use http::uri::PathAndQuery;
@@ -11,7 +11,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_prost::ProstCodec;
 use tonic_types::StatusExt;
 
-use crate::{CONFIG, ask, remaining, request};
+use crate::{CONFIG, ask, batch, remaining, request};
 
 /// Checks the status, and that its details name the field.
 fn assert_names(status: &Status, code: Code, field: &str) {
@@ -80,34 +80,25 @@ async fn every_violation_is_told_and_not_too_many() {
 async fn what_this_build_cannot_do_is_refused_by_name() {
     let server = Server::start(CONFIG).await;
     let mut raw = server.raw().await;
-    let client = || Some(Client { id: "1".into(), ..Default::default() });
     let three = || ask("three", "a", 1);
     let plain = || request([three()]);
     for (field, request) in [
-        ("client", AcquireRequest { client: client(), ..plain() }),
         ("request_id", AcquireRequest { request_id: "1".into(), ..plain() }),
-        ("priority", AcquireRequest { priority: Priority::Critical.into(), ..plain() }),
-        ("priority", AcquireRequest { priority: Priority::Bulk.into(), ..plain() }),
         (
             "max_wait",
             AcquireRequest { max_wait: Some(prost_types::Duration::default()), ..plain() },
         ),
-        ("attempt", AcquireRequest { attempt: 1, ..plain() }),
-        ("asks[0].lease", request([Ask { lease: 1, ..three() }])),
         ("asks[0].handle", request([Ask { handle: 1, ..three() }])),
     ] {
         let refused = raw.acquire(request).await.unwrap_err();
         assert_names(&refused, Code::Unimplemented, field);
     }
 
-    let entry = AcquireRequest { namespace: String::new(), attempt: 1, ..plain() };
-    for (field, client, requests) in
-        [("client", client(), vec![]), ("requests[0].attempt", None, vec![entry])]
-    {
-        let batch = AcquireBatchRequest { namespace: "test".into(), client, requests };
-        let refused = raw.acquire_batch(batch).await.unwrap_err();
-        assert_names(&refused, Code::Unimplemented, field);
-    }
+    let handle = request([Ask { handle: 1, ..three() }]);
+    let entry = AcquireRequest { namespace: String::new(), ..handle };
+    let batch = batch(vec![entry]);
+    let refused = raw.acquire_batch(batch).await.unwrap_err();
+    assert_names(&refused, Code::Unimplemented, "requests[0].asks[0].handle");
 
     let outcome = || GrantOutcome { grant_id: "1-1".into(), ..Default::default() };
     let report = || ReportRequest {
@@ -118,24 +109,74 @@ async fn what_this_build_cannot_do_is_refused_by_name() {
     let with = |outcome| ReportRequest { outcomes: vec![outcome], ..report() };
     let latency = Some(prost_types::Duration::default());
     for (field, report) in [
-        ("client", ReportRequest { client: client(), ..report() }),
         ("sequence", ReportRequest { sequence: 1, ..report() }),
         ("deltas", ReportRequest { deltas: vec![CircuitDelta::default()], ..report() }),
-        ("renew_grant_ids", ReportRequest { renew_grant_ids: vec!["1".into()], ..report() }),
         ("outcomes[0].outcome", with(GrantOutcome { outcome: 1, ..outcome() })),
         ("outcomes[0].latency", with(GrantOutcome { latency, ..outcome() })),
-        ("outcomes[0].lease_returned", with(GrantOutcome { lease_returned: 1, ..outcome() })),
-        ("outcomes[0].partial", with(GrantOutcome { partial: true, ..outcome() })),
         ("outcomes[0].error_kind", with(GrantOutcome { error_kind: "x".into(), ..outcome() })),
     ] {
         let refused = raw.report(report).await.unwrap_err();
         assert_names(&refused, Code::Unimplemented, field);
     }
     assert_eq!(remaining(&server, "three", "a").await, 3);
+    server.stop().await.unwrap();
+}
 
-    // What means the same as unset is not refused.
-    let normal = AcquireRequest { priority: Priority::Normal.into(), ..plain() };
-    raw.acquire(normal).await.unwrap();
+/// Fields that say more than a plain Acquire, with more than they may say.
+#[tokio::test]
+async fn who_calls_and_what_is_leased_have_their_limits() {
+    let server = Server::start(CONFIG).await;
+    let mut raw = server.raw().await;
+    let named = |id: &str| Client { id: id.into(), ..Default::default() };
+    let long = || "c".repeat(129);
+    let plain = || request([ask("three", "a", 1)]);
+    let by = |client| AcquireRequest { client: Some(client), ..plain() };
+    let lease = |lease, key: &str| Ask { lease, ..ask("hundred", key, 1) };
+    let two_leases = request([lease(1, "a"), lease(1, "b")]);
+    for (field, wrong) in [
+        ("client.id", by(named(""))),
+        ("client.id", by(named(&long()))),
+        ("client.service", by(Client { service: long(), ..named("1") })),
+        ("client.zone", by(Client { zone: long(), ..named("1") })),
+        ("client.id", request([lease(1, "a")])),
+        ("asks[1].lease", AcquireRequest { client: Some(named("1")), ..two_leases }),
+        (
+            "asks[0].lease",
+            AcquireRequest { client: Some(named("1")), ..request([lease(1_000_000_000_001, "a")]) },
+        ),
+    ] {
+        let refused = raw.acquire(wrong).await.unwrap_err();
+        assert_names(&refused, Code::InvalidArgument, field);
+    }
+
+    let entry = |request| AcquireRequest { namespace: String::new(), ..request };
+    for (field, client, wrong) in [
+        ("client.id", Some(named("")), plain()),
+        ("requests[0].client", Some(named("1")), by(named("1"))),
+        ("client.id", None, request([lease(1, "a")])),
+    ] {
+        let batch = AcquireBatchRequest { client, ..batch(vec![entry(wrong)]) };
+        let refused = raw.acquire_batch(batch).await.unwrap_err();
+        assert_names(&refused, Code::InvalidArgument, field);
+    }
+    assert_eq!(remaining(&server, "three", "a").await, 3);
+    assert_eq!(remaining(&server, "hundred", "a").await, 100);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_not_counted_in_tokens_is_not_estimated() {
+    let config = "namespaces: {test: {policies: {
+        calls: {concurrency: {limit: 3}}, retries: {retry_budget: {}}}}}";
+    let server = Server::start(config).await;
+    let mut raw = server.raw().await;
+    for (policy, counts) in [("calls", "permits"), ("retries", "retries")] {
+        let estimated = request([Ask { estimated: true, ..ask(policy, "a", 1) }]);
+        let refused = raw.acquire(estimated).await.unwrap_err();
+        assert_names(&refused, Code::InvalidArgument, "asks[0].estimated");
+        assert!(refused.message().contains(counts), "{refused}");
+    }
+    assert_eq!(remaining(&server, "calls", "a").await, 3);
     server.stop().await.unwrap();
 }
 
@@ -145,15 +186,31 @@ async fn a_report_that_is_wrong_is_told_where() {
     let mut raw = server.raw().await;
     let outcome = |grant_id: &str| GrantOutcome { grant_id: grant_id.into(), ..Default::default() };
     let costly = GrantOutcome { actual_cost: Some(1_000_000_000_001), ..outcome("1-1") };
+    let returned_in_parts = GrantOutcome { lease_returned: 1, partial: true, ..outcome("1-1") };
     for (field, outcomes) in [
         ("outcomes", vec![]),
         ("outcomes", vec![outcome("1-1"); 1_001]),
         ("outcomes[0].grant_id", vec![outcome("")]),
         ("outcomes[0].grant_id", vec![outcome(&"1".repeat(129))]),
         ("outcomes[0].actual_cost", vec![costly]),
+        ("outcomes[0].lease_returned", vec![returned_in_parts]),
     ] {
         let namespace = "test".into();
         let report = ReportRequest { namespace, outcomes, ..Default::default() };
+        let refused = raw.report(report).await.unwrap_err();
+        assert_names(&refused, Code::InvalidArgument, field);
+    }
+    let renew = |ids: Vec<String>| ReportRequest {
+        namespace: "test".into(),
+        renew_grant_ids: ids,
+        ..Default::default()
+    };
+    for (field, report) in [
+        ("renew_grant_ids", renew(vec!["1-1".into(); 1_001])),
+        ("renew_grant_ids[0]", renew(vec![String::new()])),
+        ("renew_grant_ids[1]", renew(vec!["1-1".into(), "1".repeat(129)])),
+        ("client.id", ReportRequest { client: Some(Client::default()), ..renew(vec!["1".into()]) }),
+    ] {
         let refused = raw.report(report).await.unwrap_err();
         assert_names(&refused, Code::InvalidArgument, field);
     }

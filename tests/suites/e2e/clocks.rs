@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use fusebox_core::Cost;
+use fusebox_core::Ask;
 use fusebox_server::{config::Config, storage::Recovered};
 use fusebox_tests::{
     ManualClock, Simulated,
@@ -34,10 +34,10 @@ impl Panel {
 
     /// Tokens of three that are there at once.
     fn spend_all(&mut self) -> u64 {
-        let one = Cost { tokens: 1, estimated: false };
+        let one = Ask::spend(1);
         let mut spend = || {
             let answer = acquire(&self.running, "three", "a", one).unwrap();
-            told(answer, &mut self.running.writer).allowed
+            told(answer, &mut self.running.writer).decision.allowed
         };
         (0..10).take_while(|_| spend()).count() as u64
     }

@@ -11,7 +11,7 @@ mod restart;
 mod seeing;
 mod waiting;
 
-use fusebox_proto::v1::{AcquireRequest, Ask};
+use fusebox_proto::v1::{AcquireBatchRequest, AcquireRequest, Ask};
 use fusebox_tests::Server;
 
 /// Policies of every size that the tests need.
@@ -39,6 +39,10 @@ fn request(asks: impl IntoIterator<Item = Ask>) -> AcquireRequest {
         asks: asks.into_iter().collect(),
         ..Default::default()
     }
+}
+
+fn batch(requests: Vec<AcquireRequest>) -> AcquireBatchRequest {
+    AcquireBatchRequest { namespace: "test".into(), requests, client: None }
 }
 
 /// What a peek says is left.

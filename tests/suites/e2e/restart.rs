@@ -3,11 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use fusebox_client::{Ask, Outcome, Reported};
-use fusebox_core::Cost;
+use fusebox_core::{Ask as Charge, Purpose, Settlement as Known};
 use fusebox_server::{
     config::Config,
     run::RunError,
-    storage::{Answer, Recovered, Settlement, Storage, journal::Keyspace},
+    storage::{Answer, Judge, Recovered, Settlement, Storage, journal::Keyspace},
 };
 use fusebox_tests::{
     ManualClock, Server, Simulated, eventually,
@@ -37,10 +37,8 @@ fn left_after_a_loss_of_power(durability: &str, written: bool) -> u64 {
     let config = format!("storage: {{durability: {durability}}}\n{CONFIG}");
     let config = Config::parse("test.yaml", &config).unwrap();
     let clock = Arc::<ManualClock>::default();
-    let charge = |panel: &Recovered, tokens| {
-        let cost = Cost { tokens, estimated: false };
-        acquire(panel, "three", "a", cost).unwrap()
-    };
+    let charge =
+        |panel: &Recovered, tokens| acquire(panel, "three", "a", Charge::spend(tokens)).unwrap();
     let mut panel = recover(journal.open(), &config, &clock).unwrap();
     let answer = charge(&panel, 3);
     assert_eq!(matches!(answer, Answer::Later(..)), durability == "strict");
@@ -50,11 +48,10 @@ fn left_after_a_loss_of_power(durability: &str, written: bool) -> u64 {
         write_all(&mut panel.writer).unwrap();
     }
     journal.lose_power();
-    let Answer::Now(decision) = charge(&recover(journal.open(), &config, &clock).unwrap(), 0)
-    else {
+    let Answer::Now(peek) = charge(&recover(journal.open(), &config, &clock).unwrap(), 0) else {
         panic!("a peek waits for nothing")
     };
-    decision.verdicts[0].remaining
+    peek.decision.verdicts[0].remaining
 }
 
 #[test]
@@ -283,11 +280,11 @@ async fn another_format_is_refused() {
     let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
     let server = Server::start_on(journal.open(), Arc::clone(&clock), CONFIG).await;
     server.stop().await.unwrap();
-    // The first field of the record of the directory: format 2.
-    journal.edit(Keyspace::Meta, b"directory", |record| record[1] = 2);
+    // The first field of the record of the directory: format 3.
+    journal.edit(Keyspace::Meta, b"directory", |record| record[1] = 3);
     let server = Server::begin(journal.open(), clock, CONFIG).await;
     let refused = server.ended().await.unwrap_err().to_string();
-    assert!(refused.contains("has format 2, and this version reads 1"), "{refused}");
+    assert!(refused.contains("has format 3, and this version reads 2"), "{refused}");
 }
 
 #[test]
@@ -298,21 +295,20 @@ fn a_busy_key_is_written_seldom_and_loses_one_step() {
     let config = Config::parse("test.yaml", config).unwrap();
     let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
     let mut panel = recover(journal.open(), &config, &clock).unwrap();
-    let charge = |panel: &Recovered, tokens| {
-        acquire(panel, "million", "a", Cost { tokens, estimated: false }).unwrap()
-    };
+    let charge =
+        |panel: &Recovered, tokens| acquire(panel, "million", "a", Charge::spend(tokens)).unwrap();
     let mut waits = 0;
     for _ in 0..CHARGES {
         let answer = charge(&panel, 1);
         waits += u64::from(matches!(answer, Answer::Later(..)));
-        assert!(told(answer, &mut panel.writer).allowed);
+        assert!(told(answer, &mut panel.writer).decision.allowed);
     }
     assert!(waits < 30, "{waits} of {CHARGES} waited for the disk");
 
     journal.lose_power();
     let panel = recover(journal.open(), &config, &clock).unwrap();
     let Answer::Now(peek) = charge(&panel, 0) else { panic!("a peek waits for nothing") };
-    let spent = 1_000_000 - peek.verdicts[0].remaining;
+    let spent = 1_000_000 - peek.decision.verdicts[0].remaining;
     // A hundredth of the limit, at most.
     assert!((CHARGES..=CHARGES + 10_000).contains(&spent), "{spent} of {CHARGES}");
 }
@@ -323,16 +319,23 @@ fn a_crash_does_not_take_what_came_back() {
     let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
     let mut panel = recover(journal.open(), &config, &clock).unwrap();
     let policy = Arc::clone(panel.catalogue.namespace("test").unwrap().policy("hundred").unwrap());
-    let cost = Cost { tokens: 60, estimated: true };
-    let answer = acquire(&panel, "hundred", "a", cost).unwrap();
-    assert!(told(answer, &mut panel.writer).allowed);
+    let estimate = Charge::spend(60).to(Purpose::Estimate);
+    let answer = acquire(&panel, "hundred", "a", estimate).unwrap();
+    assert!(told(answer, &mut panel.writer).decision.allowed);
+    let limiter = &policy.rules.limiters[0];
     let settlement = Settlement {
         cell: policy.cells.cell("a"),
-        number: policy.number,
-        policy: &policy.settings,
-        keeping: policy.keeping,
-        charged: 60,
-        actual: 10,
+        judge: Judge { limiter, catalogue: &panel.catalogue },
+        revision: limiter.settings.revision,
+        known: Known {
+            charged: 60,
+            told: 0,
+            actual: 10,
+            partial: false,
+            slice: None,
+            window: None,
+            max_debt: 0,
+        },
     };
     let settled = panel.cells.settle(&settlement, panel.clock.now()).unwrap();
     assert_eq!(told(settled, &mut panel.writer).refunded, 50);
@@ -341,11 +344,10 @@ fn a_crash_does_not_take_what_came_back() {
 
     journal.lose_power();
     let panel = recover(journal.open(), &config, &clock).unwrap();
-    let peek = Cost { tokens: 0, estimated: false };
-    let Answer::Now(peek) = acquire(&panel, "hundred", "a", peek).unwrap() else {
+    let Answer::Now(peek) = acquire(&panel, "hundred", "a", Charge::spend(0)).unwrap() else {
         panic!("a peek waits for nothing")
     };
-    assert_eq!(peek.verdicts[0].remaining, 90);
+    assert_eq!(peek.decision.verdicts[0].remaining, 90);
 }
 
 #[tokio::test]
