@@ -1,108 +1,202 @@
 //! The engines that the scripts are run against.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    fmt::Write,
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
-    time::Duration,
 };
 
-use fusebox_core::{
-    Cell, Cells, Charging, Cost, Decision, Kind, Limit, Policy, Rule, Settled, Time, TokenBucket,
-};
+use fusebox_core::{Cell, Cells, Kind, Moment, Rule, Settled};
 use fusebox_server::{
-    catalogue::{self, Catalogue, CellHasher, PolicyNumber},
+    catalogue::{Catalogue, CellId, Limiter, LimiterNumber},
+    clock::ServerClock,
     config::Config,
-    storage::{Answer, Charge, Embedded, Keeping, Recovered, Settlement, Storage, journal::Sled},
+    storage::{
+        Answer, Charge, Charged, Decided, Embedded, Judge, Keeping, OpenGrant, Recovered,
+        Settlement, Storage, Writer, journal::Sled,
+    },
 };
 use fusebox_tests::{
-    ManualClock,
+    ManualClock, Simulated,
     panel::{recover, told},
 };
 
-/// Policies by name: the bucket and the most debt.
-pub type Policies = BTreeMap<String, (TokenBucket, u64)>;
-
-/// What is charged.
-#[derive(Clone, Copy)]
-pub struct Named<'a> {
-    pub policy: &'a str,
-    pub key: &'a str,
+/// What decides. Its server time begins at the first configuration.
+pub trait Engine {
+    /// These policies from now on. Where that takes a restart, the `open` grants go on.
+    fn configure(&mut self, config: &Config, open: &[OpenGrant]);
+    fn catalogue(&self) -> Arc<Catalogue>;
+    fn clock(&self) -> &ManualClock;
+    fn now(&self) -> Moment;
+    fn apply(&mut self, charge: &Charge<'_>) -> Decided;
+    fn settle(&mut self, settlement: &Settlement<'_>) -> Settled<Cell>;
+    /// Changes a cell if it is there and `change` wants to; whether it did.
+    fn change(&mut self, cell: CellId, judge: Judge<'_>, change: &mut Change<'_>) -> bool;
+    /// Stops and starts again; the `open` grants go on.
+    fn restart(&mut self, open: &[OpenGrant]);
+    /// Is killed, and starts again.
+    fn crash(&mut self);
+    /// Cells that are not full, after housekeeping.
+    fn cells(&mut self) -> usize;
 }
 
-/// Something that decides. Its time starts at zero.
-pub trait Engine {
-    /// The policies from now on.
-    fn policies(&mut self, policies: &Policies);
-    fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision;
-    /// Refunded, owed and dropped.
-    fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64);
-    fn advance(&mut self, by: Duration);
-    fn restart(&mut self);
-    fn cells(&mut self) -> usize;
+pub type Change<'a> = dyn FnMut(Cell) -> Option<Cell> + 'a;
+
+/// Policies that change while cells live. Their numbers and revisions are given by the server's own
+/// recovery, on a disk that holds nothing else.
+#[derive(Default)]
+struct Policies {
+    disk: Simulated,
+    clock: Arc<ManualClock>,
+    running: Option<(ServerClock, Arc<Catalogue>)>,
+    /// Also those that no policy has any more, as cells of theirs may live.
+    limiters: BTreeMap<LimiterNumber, Arc<Limiter>>,
+}
+
+impl Policies {
+    fn change(&mut self, config: &Config) {
+        let recovered = recover(self.disk.open(), config, &self.clock).expect("an empty disk");
+        let Recovered { catalogue, writer, clock, .. } = recovered;
+        writer.finish(&[]).expect("the disk writes");
+        let policies: Vec<_> = catalogue.policies().cloned().collect();
+        drop(catalogue);
+        let mut policies: Vec<_> = policies.into_iter().filter_map(Arc::into_inner).collect();
+        for policy in &mut policies {
+            let overrides = &mut policy.overrides;
+            let prefixes = overrides.prefixes.iter_mut().map(|(_, rules)| rules);
+            let others = overrides.exact.values_mut().chain(prefixes);
+            for limiter in others.chain([&mut policy.rules]).flat_map(|rules| &mut rules.limiters) {
+                // No disk is under the cells.
+                Arc::get_mut(limiter).expect("nobody else has it").keeping = Keeping::AtStop;
+            }
+            let own = policy.limiters().map(|limiter| (limiter.number, Arc::clone(limiter)));
+            self.limiters.extend(own);
+        }
+        let catalogue = Catalogue::new(1, policies, self.limiters.values().cloned());
+        let clock = self.running.take().map_or(clock, |(clock, _)| clock);
+        self.running = Some((clock, Arc::new(catalogue)));
+    }
+
+    fn catalogue(&self) -> Arc<Catalogue> {
+        Arc::clone(&self.running.as_ref().expect("a policy first").1)
+    }
+
+    fn now(&self) -> Moment {
+        self.running.as_ref().expect("a policy first").0.now()
+    }
 }
 
 /// The core alone, over a map.
 #[derive(Default)]
 pub struct Core {
-    policies: BTreeMap<String, Policy>,
-    cells: HashMap<(String, String), Cell>,
-    now: Time,
+    policies: Policies,
+    cells: HashMap<CellId, (LimiterNumber, Cell)>,
+}
+
+impl Core {
+    /// A cell in the terms of a limiter.
+    fn find(&self, id: CellId, limiter: &Limiter) -> Option<Cell> {
+        let (number, cell) = *self.cells.get(&id)?;
+        if number == limiter.number {
+            return Some(cell);
+        }
+        let catalogue = self.policies.catalogue();
+        let other = catalogue.numbered(number).expect("a limiter that was known");
+        Some(limiter.settings.adopted(cell, &other.settings, self.now()))
+    }
+
+    fn put(&mut self, id: CellId, limiter: &Limiter, cell: Option<Cell>) {
+        if let Some(cell) = cell {
+            self.cells.insert(id, (limiter.number, cell));
+        }
+    }
 }
 
 impl Engine for Core {
-    fn policies(&mut self, policies: &Policies) {
-        revise(&mut self.policies, policies, self.now);
+    fn configure(&mut self, config: &Config, _: &[OpenGrant]) {
+        self.policies.change(config);
     }
 
-    fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision {
-        let mut names = Vec::new();
-        let rules = asks.iter().map(|(named, cost)| {
-            let name = (named.policy.to_owned(), named.key.to_owned());
-            let cell = names.iter().position(|known| *known == name).unwrap_or_else(|| {
-                names.push(name);
-                names.len() - 1
+    fn catalogue(&self) -> Arc<Catalogue> {
+        self.policies.catalogue()
+    }
+
+    fn clock(&self) -> &ManualClock {
+        &self.policies.clock
+    }
+
+    fn now(&self) -> Moment {
+        self.policies.now()
+    }
+
+    fn apply(&mut self, charge: &Charge<'_>) -> Decided {
+        let mut ids = Vec::new();
+        let rules = charge.asks.iter().map(|ask| {
+            let cell = ids.iter().position(|(known, _)| *known == ask.cell).unwrap_or_else(|| {
+                ids.push((ask.cell, ask.limiter));
+                ids.len() - 1
             });
-            Rule { cell, policy: &self.policies[named.policy], cost: *cost }
+            let policy = &ask.limiter.settings;
+            Rule { cell, policy, ask: ask.ask, shadow: ask.shadow, overflow: false }
         });
         let rules: Vec<_> = rules.collect();
-        let mut cells: Cells = names.iter().map(|name| self.cells.get(name).copied()).collect();
-        let decision = fusebox_core::apply(&rules, charging, &mut cells, self.now);
-        for (name, cell) in names.into_iter().zip(cells) {
-            if let Some(cell) = cell {
-                self.cells.insert(name, cell);
+        let before: Cells = ids.iter().map(|(id, limiter)| self.find(*id, limiter)).collect();
+        let mut after = before.clone();
+        let decision = fusebox_core::apply(&rules, charge.charging, &mut after, self.now());
+        for ((id, limiter), (before, after)) in ids.into_iter().zip(before.into_iter().zip(after)) {
+            if before != after {
+                self.put(id, limiter, after);
             }
         }
-        decision
+        let charged = charge.asks.iter().zip(&decision.verdicts);
+        let charged =
+            charged.map(|(ask, verdict)| Charged { cell: ask.cell, slice: verdict.slice });
+        Decided { charged: charged.collect(), decision }
     }
 
-    fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64) {
-        let name = (named.policy.to_owned(), named.key.to_owned());
-        let mut cell = self.cells.get(&name).copied();
-        let policy = &self.policies[named.policy];
-        let settled = fusebox_core::settle(policy, &mut cell, charged, actual, self.now);
-        if let Some(cell) = cell {
-            self.cells.insert(name, cell);
+    fn settle(&mut self, settlement: &Settlement<'_>) -> Settled<Cell> {
+        let Settlement { cell: id, judge, revision, mut known } = *settlement;
+        let number = self.cells.get(&id).map_or(judge.limiter.number, |(number, _)| *number);
+        let limiter = judge.catalogue.numbered(number).expect("a limiter that was known");
+        let mut cell = self.find(id, limiter);
+        let charged = &judge.limiter.settings;
+        let is_known =
+            charged.is_like_since(revision) && charged.limit.is_like(&limiter.settings.limit);
+        if !is_known {
+            return Settled { state: cell, refunded: 0, owed: 0, dropped: 0 };
         }
-        (settled.refunded, settled.owed, settled.dropped)
+        let same = number == judge.limiter.number && limiter.settings.revision == revision;
+        known.slice = known.slice.filter(|_| same);
+        let settled = fusebox_core::settle(&limiter.settings, &mut cell, known, self.now());
+        self.put(id, limiter, cell);
+        settled
     }
 
-    fn advance(&mut self, by: Duration) {
-        self.now = self.now.after(by);
+    fn change(&mut self, id: CellId, judge: Judge<'_>, change: &mut Change<'_>) -> bool {
+        let changed = self.find(id, judge.limiter).and_then(change);
+        self.put(id, judge.limiter, changed);
+        changed.is_some()
     }
 
-    fn restart(&mut self) {
-        for ((policy, _), cell) in &mut self.cells {
-            let policy = &self.policies[policy];
-            let state = policy.limit.revive(policy.current(*cell), self.now);
-            *cell = Cell { revision: policy.revision, state };
+    fn restart(&mut self, open: &[OpenGrant]) {
+        let (catalogue, now) = (self.catalogue(), self.now());
+        for (id, (number, cell)) in &mut self.cells {
+            let settings = &catalogue.numbered(*number).expect("its limiter").settings;
+            let parts = open.iter().flat_map(|grant| &grant.parts);
+            let out = parts.filter(|part| part.cell == *id).map(|part| part.out()).sum();
+            let state = settings.limit.revive(settings.current(*cell), out, now);
+            *cell = Cell { revision: settings.revision, state };
         }
+    }
+
+    fn crash(&mut self) {
+        panic!("the core alone has no disk: say `without core memory`");
     }
 
     fn cells(&mut self) -> usize {
-        let (policies, now) = (&self.policies, self.now);
-        self.cells.retain(|(policy, _), cell| {
-            policies[policy].leaves_at(*cell).is_none_or(|leaves_at| leaves_at > now)
+        let (catalogue, now) = (self.catalogue(), self.now());
+        self.cells.retain(|_, (number, cell)| {
+            let limiter = catalogue.numbered(*number).expect("its limiter");
+            is_needed(limiter, *cell, now)
         });
         self.cells.len()
     }
@@ -110,60 +204,68 @@ impl Engine for Core {
 
 /// The cells of the server, in memory.
 pub struct Memory {
-    policies: BTreeMap<String, Policy>,
+    policies: Policies,
     cells: Embedded,
-    now: Time,
 }
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { policies: BTreeMap::new(), cells: Embedded::new(1_000).0, now: Time::ZERO }
-    }
-}
-
-impl Memory {
-    /// The policies as the server has them, numbered by name.
-    fn catalogue(&self) -> Catalogue {
-        let policies = (0..).zip(&self.policies).map(|(number, (name, settings))| {
-            let policy = catalogue::Policy {
-                namespace: "spec".into(),
-                name: name.as_str().into(),
-                number: PolicyNumber(number),
-                settings: settings.clone(),
-                keeping: Keeping::AtStop,
-                cells: CellHasher::new(&[0; 16], "spec", name),
-                decisions: Arc::default(),
-            };
-            (policy, true)
-        });
-        Catalogue::new(1, policies)
+        Self { policies: Policies::default(), cells: Embedded::new(1_000).0 }
     }
 }
 
 impl Engine for Memory {
-    fn policies(&mut self, policies: &Policies) {
-        revise(&mut self.policies, policies, self.now);
+    fn configure(&mut self, config: &Config, _: &[OpenGrant]) {
+        let before = self.policies.running.as_ref().map(|(_, catalogue)| Arc::clone(catalogue));
+        self.policies.change(config);
+        let after = self.catalogue();
+        for old in before.iter().flat_map(|before| before.policies()) {
+            let same = after.policies().find(|new| new.name == old.name);
+            let Some(new) = same else { continue };
+            for index in 0..old.budget.live() {
+                new.budget.add(index < old.budget.overflow_cells());
+            }
+        }
     }
 
-    fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision {
-        now(acquire(&self.cells, &self.catalogue(), asks, charging, self.now))
+    fn catalogue(&self) -> Arc<Catalogue> {
+        self.policies.catalogue()
     }
 
-    fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64) {
-        let settled = now(settle(&self.cells, &self.catalogue(), named, charged, actual, self.now));
-        (settled.refunded, settled.owed, settled.dropped)
+    fn clock(&self) -> &ManualClock {
+        &self.policies.clock
     }
 
-    fn advance(&mut self, by: Duration) {
-        self.now = self.now.after(by);
+    fn now(&self) -> Moment {
+        self.policies.now()
     }
 
-    fn restart(&mut self) {
-        panic!("memory does not survive a restart: such scripts are in specs/restart");
+    fn apply(&mut self, charge: &Charge<'_>) -> Decided {
+        let mut decided = Decided::default();
+        let answer = self.cells.apply(charge, None, self.now(), &mut decided);
+        now(answer.expect("memory answers"));
+        decided
+    }
+
+    fn settle(&mut self, settlement: &Settlement<'_>) -> Settled<Cell> {
+        now(self.cells.settle(settlement, self.now()).expect("memory answers"))
+    }
+
+    fn change(&mut self, cell: CellId, judge: Judge<'_>, change: &mut Change<'_>) -> bool {
+        now(self.cells.change(cell, judge, change, self.now()).expect("memory answers"))
+    }
+
+    fn restart(&mut self, _: &[OpenGrant]) {
+        panic!("memory does not survive a restart: say `without memory`");
+    }
+
+    fn crash(&mut self) {
+        panic!("memory does not survive a crash: say `without core memory`");
     }
 
     fn cells(&mut self) -> usize {
-        tend(&self.cells, &self.catalogue(), self.now)
+        tend(&self.cells, &self.catalogue(), self.now());
+        self.cells.live()
     }
 }
 
@@ -171,10 +273,17 @@ impl Engine for Memory {
 pub struct OnSled {
     directory: tempfile::TempDir,
     clock: Arc<ManualClock>,
-    configuration: String,
-    running: Option<Recovered>,
-    /// Policies and keys that were asked for.
-    asked: BTreeSet<(String, String)>,
+    config: Config,
+    running: Option<Running>,
+    /// Cells that were charged, and by whom.
+    charged: HashSet<(CellId, LimiterNumber)>,
+}
+
+struct Running {
+    catalogue: Arc<Catalogue>,
+    cells: Arc<Embedded>,
+    writer: Writer,
+    clock: ServerClock,
 }
 
 impl Default for OnSled {
@@ -182,138 +291,104 @@ impl Default for OnSled {
         Self {
             directory: tempfile::tempdir().expect("a directory"),
             clock: Arc::default(),
-            configuration: String::new(),
+            config: Config::parse("spec.yaml", "{}").expect("a configuration"),
             running: None,
-            asked: BTreeSet::new(),
+            charged: HashSet::new(),
         }
     }
 }
 
 impl OnSled {
-    fn running(&mut self) -> &mut Recovered {
-        self.running.as_mut().expect("a policy first")
+    fn running(&self) -> &Running {
+        self.running.as_ref().expect("a policy first")
+    }
+
+    fn told<T>(&mut self, answer: Answer<T>) -> T {
+        told(answer, &mut self.running.as_mut().expect("a policy first").writer)
+    }
+
+    fn start(&mut self) {
+        let directory = self.directory.path().to_owned();
+        let journal = Box::new(move || Ok(Box::new(Sled::open(&directory, false)?) as Box<_>));
+        let recovered = recover(journal, &self.config, &self.clock).expect("sled recovers");
+        let Recovered { catalogue, cells, writer, clock, .. } = recovered;
+        self.running = Some(Running { catalogue: Arc::new(catalogue), cells, writer, clock });
     }
 }
 
 impl Engine for OnSled {
-    fn policies(&mut self, policies: &Policies) {
-        self.configuration = "namespaces: {spec: {policies: {\n".into();
-        for (name, (bucket, max_debt)) in policies {
-            let (limit, per, burst) = (bucket.limit(), bucket.per().as_nanos(), bucket.burst());
-            writeln!(
-                self.configuration,
-                "{name}: {{token_bucket: {{limit: {limit}, per: {per}ns, burst: {burst}}}, \
-                 max_debt: {max_debt}}},"
-            )
-            .unwrap();
-        }
-        self.configuration += "}}}";
-        self.restart();
+    fn configure(&mut self, config: &Config, open: &[OpenGrant]) {
+        self.config = config.clone();
+        self.restart(open);
     }
 
-    fn acquire(&mut self, asks: &[(Named<'_>, Cost)], charging: Charging) -> Decision {
-        let names = asks.iter().map(|(named, _)| (named.policy.to_owned(), named.key.to_owned()));
-        self.asked.extend(names);
-        let running = self.running();
-        let now = running.clock.now();
-        let answer = acquire(&*running.cells, &running.catalogue, asks, charging, now);
-        told(answer, &mut running.writer)
+    fn catalogue(&self) -> Arc<Catalogue> {
+        Arc::clone(&self.running().catalogue)
     }
 
-    fn settle(&mut self, named: &Named<'_>, charged: u64, actual: u64) -> (u64, u64, u64) {
-        let running = self.running();
-        let now = running.clock.now();
-        let answer = settle(&*running.cells, &running.catalogue, named, charged, actual, now);
-        let settled = told(answer, &mut running.writer);
-        (settled.refunded, settled.owed, settled.dropped)
+    fn clock(&self) -> &ManualClock {
+        &self.clock
     }
 
-    fn advance(&mut self, by: Duration) {
-        self.clock.advance(by);
+    fn now(&self) -> Moment {
+        self.running().clock.now()
     }
 
-    fn restart(&mut self) {
+    fn apply(&mut self, charge: &Charge<'_>) -> Decided {
+        let mut decided = Decided::default();
+        let answer = self.running().cells.apply(charge, None, self.now(), &mut decided);
+        self.told(answer.expect("the storage answers"));
+        let charged = charge.asks.iter().zip(&decided.charged);
+        self.charged.extend(charged.map(|(ask, charged)| (charged.cell, ask.limiter.number)));
+        decided
+    }
+
+    fn settle(&mut self, settlement: &Settlement<'_>) -> Settled<Cell> {
+        let answer = self.running().cells.settle(settlement, self.now());
+        self.told(answer.expect("the storage answers"))
+    }
+
+    fn change(&mut self, cell: CellId, judge: Judge<'_>, change: &mut Change<'_>) -> bool {
+        let answer = self.running().cells.change(cell, judge, change, self.now());
+        self.told(answer.expect("the storage answers"))
+    }
+
+    fn restart(&mut self, open: &[OpenGrant]) {
         if let Some(running) = self.running.take() {
-            running.writer.finish(&[]).expect("sled writes");
+            running.writer.finish(open).expect("sled writes");
         }
-        let config = Config::parse("spec.yaml", &self.configuration).expect("a configuration");
-        let directory = self.directory.path().to_owned();
-        let journal = Box::new(move || Ok(Box::new(Sled::open(&directory, false)?) as Box<_>));
-        let recovered = recover(journal, &config, &self.clock);
-        self.running = Some(recovered.expect("sled recovers"));
+        self.start();
+    }
+
+    fn crash(&mut self) {
+        self.running = None;
+        self.start();
     }
 
     /// Those that are not full: what is on disk lingers for a while after it is.
     fn cells(&mut self) -> usize {
-        let running = self.running();
-        let live = tend(&running.cells, &running.catalogue, running.clock.now());
-        let asked = self.asked.clone();
-        let peek = Cost { tokens: 0, estimated: false };
-        let is_full = |(policy, key): &&(String, String)| {
-            let decision = self.acquire(&[(Named { policy, key }, peek)], Charging::AllOrNothing);
-            decision.verdicts[0].reset_after.is_zero()
-        };
-        let full = asked.iter().filter(is_full).count();
-        assert!(live >= asked.len() - full, "a cell that is not full has left");
-        asked.len() - full
+        let (running, now) = (self.running(), self.now());
+        tend(&running.cells, &running.catalogue, now);
+        let needed = self.charged.iter().filter_map(|(id, number)| {
+            let limiter = running.catalogue.numbered(*number)?;
+            let judge = Judge { limiter, catalogue: &running.catalogue };
+            let cell = running.cells.look(*id, judge, now)?;
+            is_needed(limiter, cell, now).then_some(id)
+        });
+        let needed = needed.collect::<HashSet<_>>().len();
+        assert!(running.cells.live() >= needed, "a cell that is not full has left");
+        needed
     }
 }
 
-fn revise(revised: &mut BTreeMap<String, Policy>, policies: &Policies, now: Time) {
-    for (name, (bucket, max_debt)) in policies {
-        let limit = Limit::TokenBucket(*bucket);
-        let policy = revised.entry(name.clone()).or_insert_with(|| Policy::new(limit, *max_debt));
-        if policy.limit != limit {
-            *policy = policy.changed(limit, now);
-        }
-        policy.max_debt = *max_debt;
-    }
+fn is_needed(limiter: &Limiter, cell: Cell, now: Moment) -> bool {
+    limiter.settings.leaves_at(cell, now).is_none_or(|leaves_at| leaves_at > now.time)
 }
 
-fn acquire(
-    storage: &dyn Storage,
-    catalogue: &Catalogue,
-    asks: &[(Named<'_>, Cost)],
-    charging: Charging,
-    now: Time,
-) -> Answer<Decision> {
-    let namespace = catalogue.namespace("spec").expect("a policy first");
-    let asks = asks.iter().map(|(named, cost)| {
-        namespace.policy(named.policy).expect("a known policy").ask(named.key, *cost)
-    });
-    let charge = Charge { charging, asks: &asks.collect::<Vec<_>>() };
-    let mut decision = Decision::default();
-    let answer = storage.apply(&charge, None, now, &mut decision).expect("the storage answers");
-    answer.map(|()| decision)
-}
-
-fn settle(
-    storage: &dyn Storage,
-    catalogue: &Catalogue,
-    named: &Named<'_>,
-    charged: u64,
-    actual: u64,
-    now: Time,
-) -> Answer<Settled<Cell>> {
-    let policy = catalogue.namespace("spec").and_then(|spec| spec.policy(named.policy));
-    let policy = policy.expect("a known policy");
-    let cell = policy.cells.cell(named.key);
-    let settlement = Settlement {
-        cell,
-        number: policy.number,
-        policy: &policy.settings,
-        keeping: policy.keeping,
-        charged,
-        actual,
-    };
-    storage.settle(&settlement, now).expect("the storage answers")
-}
-
-fn tend(cells: &Embedded, catalogue: &Catalogue, now: Time) -> usize {
+fn tend(cells: &Embedded, catalogue: &Catalogue, now: Moment) {
     for _ in 0..cells.shards() {
         cells.tend(catalogue, now);
     }
-    cells.live()
 }
 
 fn now<T>(answer: Answer<T>) -> T {

@@ -1,43 +1,77 @@
 //! The language of the scripts.
 
-use std::{collections::BTreeMap, fmt::Write, time::Duration};
+use std::{collections::BTreeMap, fmt::Write, sync::Arc, time::Duration};
 
 use datadriven::TestCase;
-use fusebox_core::{Admission, Charging, Cost, Reason, TokenBucket, Verdict};
+use fusebox_core::{Ask, Charging, Purpose, Time};
+use fusebox_server::{
+    app::{GrantId, Priority},
+    catalogue::{Catalogue, Limiter},
+    config::{Config, ConfigError},
+    storage::{CellAsk, Charge, Decided, Holds, Judge, OpenGrant, OpenPart, Settlement},
+};
 
-use crate::engine::{Engine, Named};
+use crate::{
+    engine::Engine,
+    words::{Arguments, Line, shown, wall},
+};
 
 /// A script being run against an engine.
 ///
-/// - `policy name=N limit=L per=D [burst=B] [max_debt=M]`: makes or changes a policy
-/// - `acquire [charging=each-alone|always]`, then lines of `POLICY KEY COST [estimated]`
-/// - `settle`, then a line of `POLICY KEY charged=C actual=A`
+/// - `without ENGINE..`: first in a script, with a comment that says why
+/// - `policy`, then policies as a configuration has them below `policies`: makes or changes them
+/// - `drop policy=NAME`: the configuration has it no more
+/// - `acquire [charging=each-alone|always] [priority=critical|bulk] [retry] [grant=NAME]`, then lines of
+///   `POLICY KEY COST [estimated]` or `POLICY KEY lease=WANTED clients=C`; with `grant`, what was charged can
+///   be settled
+/// - `settle`, then lines of `GRANT [actual=TOTAL] [returned=R] [partial]`: an estimate tells its cost so far,
+///   a lease what was not spent, a permit nothing
+/// - `attest`, then lines of `GRANT`: a holder tells of permits that a crash forgot
 /// - `advance by=D`: time goes by
-/// - `restart`: a clean stop and a start
-/// - `cells`: how many are remembered after housekeeping
+/// - `wall [on=D] [back=D]`, or then a line of a time: the wall clock is set
+/// - `restart [crash]`: a clean stop, or none, and a start
+/// - `cells`: how many are not full, after housekeeping
 pub struct Script {
     engine: Box<dyn Engine>,
-    policies: BTreeMap<String, (TokenBucket, u64)>,
+    /// Each as it was written.
+    policies: BTreeMap<String, String>,
+    grants: BTreeMap<String, Grant>,
+}
+
+struct Grant {
+    parts: Vec<OpenPart>,
+    is_open: bool,
 }
 
 impl Script {
     pub fn new(engine: Box<dyn Engine>) -> Self {
-        Self { engine, policies: BTreeMap::new() }
+        Self { engine, policies: BTreeMap::new(), grants: BTreeMap::new() }
     }
 
     pub fn run(&mut self, case: &TestCase) -> String {
         let arguments = Arguments(&case.args);
-        let input = case.input.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let lines = case.input.lines().map(Line::new);
         match case.directive.as_str() {
-            "policy" => self.policy(&arguments),
-            "acquire" => self.acquire(&arguments, &input.collect::<Vec<_>>()),
-            "settle" => input.map(|line| self.settle(&line)).collect(),
+            "without" => String::new(),
+            "policy" => self.policy(&case.input),
+            "drop" => {
+                self.policies.remove(arguments.text("policy").expect("policy=NAME"));
+                self.configure().expect("what was one stays one");
+                String::new()
+            }
+            "acquire" => self.acquire(&arguments, &lines.collect::<Vec<_>>()),
+            "settle" => lines.map(|line| self.settle(&line)).collect(),
+            "attest" => lines.map(|line| self.attest(&line)).collect(),
             "advance" => {
-                self.engine.advance(arguments.duration("by").expect("advance by=DURATION"));
+                self.engine.clock().advance(arguments.duration("by").expect("advance by=DURATION"));
+                String::new()
+            }
+            "wall" => {
+                self.set_wall(&arguments, case.input.trim());
                 String::new()
             }
             "restart" => {
-                self.engine.restart();
+                self.restart(arguments.has("crash"));
                 String::new()
             }
             "cells" => format!("{}\n", self.engine.cells()),
@@ -45,109 +79,197 @@ impl Script {
         }
     }
 
-    fn policy(&mut self, arguments: &Arguments<'_>) -> String {
-        let limit = arguments.number("limit").expect("limit=NUMBER");
-        let per = arguments.duration("per").expect("per=DURATION");
-        let burst = arguments.number("burst").unwrap_or(limit);
-        match TokenBucket::new(limit, per, burst) {
-            Ok(bucket) => {
-                let name = arguments.text("name").expect("name=NAME").to_owned();
-                let max_debt = arguments.number("max_debt").unwrap_or(burst);
-                self.policies.insert(name, (bucket, max_debt));
-                self.engine.policies(&self.policies);
-                String::new()
+    fn policy(&mut self, text: &str) -> String {
+        let before = self.policies.clone();
+        let mut name = "";
+        for line in text.lines() {
+            if !line.starts_with([' ', '#']) {
+                name = line.split(':').next().unwrap_or_default();
+                self.policies.remove(name);
             }
-            Err(error) => format!("{error}\n"),
+            let policy = self.policies.entry(name.to_owned()).or_default();
+            writeln!(policy, "      {line}").expect("a string grows");
+        }
+        match self.configure() {
+            Ok(()) => String::new(),
+            Err(message) => {
+                self.policies = before;
+                message
+            }
         }
     }
 
-    fn acquire(&mut self, arguments: &Arguments<'_>, lines: &[Vec<&str>]) -> String {
+    fn configure(&mut self) -> Result<(), String> {
+        let mut text = "namespaces:\n  spec:\n    policies:\n".to_owned();
+        text.extend(self.policies.values().map(String::as_str));
+        let config = Config::parse("spec.yaml", &text).map_err(|error| match error {
+            ConfigError::Invalid { message, .. } => {
+                format!("{}\n", message.lines().next().unwrap_or_default())
+            }
+            other => panic!("{other}"),
+        })?;
+        self.engine.configure(&config, &self.open());
+        Ok(())
+    }
+
+    fn acquire(&mut self, arguments: &Arguments<'_>, lines: &[Line<'_>]) -> String {
         let charging = match arguments.text("charging") {
             None => Charging::AllOrNothing,
             Some("each-alone") => Charging::EachAlone,
             Some("always") => Charging::Always,
             Some(other) => panic!("no charging `{other}`"),
         };
-        let asks: Vec<_> = lines
-            .iter()
-            .map(|line| {
-                let (named, rest) = named(line);
-                let cost = rest[0].parse().expect("a cost");
-                (named, Cost { tokens: cost, estimated: rest.get(1) == Some(&"estimated") })
-            })
-            .collect();
-        let decision = self.engine.acquire(&asks, charging);
+        let priority = match arguments.text("priority") {
+            None => Priority::Normal,
+            Some("critical") => Priority::Critical,
+            Some("bulk") => Priority::Bulk,
+            Some(other) => panic!("no priority `{other}`"),
+        };
+        let (catalogue, now) = (self.engine.catalogue(), self.engine.now());
+        let (mut asks, mut ends) = (Vec::new(), Vec::new());
+        for line in lines {
+            let policy = catalogue.namespace("spec").and_then(|spec| spec.policy(line.word(0)));
+            let policy = policy.unwrap_or_else(|| panic!("no policy `{}`", line.word(0)));
+            let ask = Ask { retry: arguments.has("retry"), ..ask(line) };
+            // Leases leave what the lowest priority does.
+            let is_lease = matches!(ask.purpose, Purpose::Lease { .. });
+            let priority = if is_lease { Priority::Bulk } else { priority };
+            asks.extend(policy.asks(line.word(1), ask, priority, now));
+            ends.push(asks.len());
+        }
+        let mut decided =
+            self.engine.apply(&Charge { charging, asks: &asks, catalogue: &catalogue });
+        if let Some(name) = arguments.text("grant") {
+            let allowed = decided.decision.allowed;
+            let parts = if allowed { parts(&asks, &decided) } else { Vec::new() };
+            self.grants.insert(name.to_owned(), Grant { parts, is_open: allowed });
+        }
+        let decision = &mut decided.decision;
+        decision.merge(&ends);
         let mut text = if decision.allowed { "allow\n" } else { "deny\n" }.to_owned();
-        for ((named, _), verdict) in asks.iter().zip(&decision.verdicts) {
-            writeln!(text, "{} {}: {}", named.policy, named.key, shown(verdict)).unwrap();
+        for (line, verdict) in lines.iter().zip(&decision.verdicts) {
+            write!(text, "{} {}: {}", line.word(0), line.word(1), shown(verdict)).unwrap();
+            if line.number("lease").is_some() {
+                write!(text, ", {} leased", verdict.granted).unwrap();
+            }
+            text.push('\n');
         }
         text
     }
 
-    fn settle(&mut self, line: &[&str]) -> String {
-        let (named, rest) = named(line);
-        let number = |prefix| {
-            let value = rest.iter().find_map(|word| word.strip_prefix(prefix));
-            value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("{prefix}NUMBER"))
+    fn settle(&mut self, line: &Line<'_>) -> String {
+        let partial = line.has("partial");
+        let (catalogue, now) = (self.engine.catalogue(), self.engine.now());
+        let Some(grant) = self.grants.get_mut(line.word(0)).filter(|grant| grant.is_open) else {
+            return "unknown grant\n".to_owned();
         };
-        let settled = self.engine.settle(&named, number("charged="), number("actual="));
-        let (refunded, owed, dropped) = settled;
-        format!("refunded {refunded}, owed {owed}, dropped {dropped}\n")
+        grant.is_open = partial;
+        let mut text = String::new();
+        for part in &mut grant.parts {
+            let actual = match part.holds {
+                Holds::Estimate => line.number("actual").unwrap_or(part.charged),
+                Holds::Lease => part.charged - line.number("returned").unwrap_or(0),
+                Holds::Permit => 0,
+            };
+            let actual = actual.max(part.told);
+            let limiter = limiter(&catalogue, part);
+            let known = fusebox_core::Settlement {
+                charged: part.charged,
+                told: part.told,
+                actual,
+                partial,
+                slice: Some(part.slice),
+                window: limiter.window(now),
+                max_debt: limiter.settings.max_debt,
+            };
+            part.told = actual;
+            let judge = Judge { limiter, catalogue: &catalogue };
+            let OpenPart { cell, revision, .. } = *part;
+            let settled = self.engine.settle(&Settlement { cell, judge, revision, known });
+            let (refunded, owed, dropped) = (settled.refunded, settled.owed, settled.dropped);
+            writeln!(text, "refunded {refunded}, owed {owed}, dropped {dropped}").unwrap();
+        }
+        text
     }
-}
 
-fn named<'a, 'b>(line: &'b [&'a str]) -> (Named<'a>, &'b [&'a str]) {
-    let [policy, key, rest @ ..] = line else { panic!("POLICY KEY …, not {line:?}") };
-    (Named { policy, key }, rest)
-}
+    fn attest(&mut self, line: &Line<'_>) -> String {
+        let (catalogue, now) = (self.engine.catalogue(), self.engine.now());
+        let grant = self.grants.get_mut(line.word(0)).expect("a grant");
+        assert!(!grant.is_open, "a grant that a crash forgot");
+        for part in &grant.parts {
+            let limiter = limiter(&catalogue, part);
+            let judge = Judge { limiter, catalogue: &catalogue };
+            let mut attest = |cell| limiter.settings.attested(cell, part.charged, now);
+            grant.is_open = self.engine.change(part.cell, judge, &mut attest);
+        }
+        if grant.is_open { "held again\n" } else { "unknown grant\n" }.to_owned()
+    }
 
-fn shown(verdict: &Verdict) -> String {
-    let left = format!("{} of {} left", verdict.remaining, verdict.limit);
-    let full = match verdict.reset_after {
-        Duration::ZERO => "full".to_owned(),
-        wait => format!("full in {wait:?}"),
-    };
-    match verdict.admission {
-        Admission::Allow => format!("allow, {left}, {full}"),
-        Admission::Deny { reason, retry_after } => {
-            let reason = match reason {
-                Reason::RateLimited => "rate limited",
-                Reason::Blocked => "blocked",
-            };
-            let retry = match retry_after {
-                Some(wait) => format!("retry in {wait:?}"),
-                None => "no retry".to_owned(),
-            };
-            format!("deny ({reason}), {left}, {retry}, {full}")
+    fn set_wall(&self, arguments: &Arguments<'_>, time: &str) {
+        let clock = self.engine.clock();
+        if let Some(by) = arguments.duration("on") {
+            clock.turn_wall_on(by);
+        } else if let Some(by) = arguments.duration("back") {
+            clock.turn_wall_back(by);
+        } else {
+            clock.set_wall(wall(time));
         }
     }
+
+    fn restart(&mut self, crash: bool) {
+        if crash {
+            self.engine.crash();
+            for grant in self.grants.values_mut() {
+                grant.is_open = false;
+            }
+        } else {
+            self.engine.restart(&self.open());
+        }
+    }
+
+    fn open(&self) -> Vec<OpenGrant> {
+        let open = (0..).zip(self.grants.values()).filter(|(_, grant)| grant.is_open);
+        let open = open.map(|(secret, Grant { parts, .. })| OpenGrant {
+            id: GrantId { boot: 1, secret },
+            client: String::new(),
+            parts: parts.clone(),
+        });
+        open.collect()
+    }
 }
 
-struct Arguments<'a>(&'a std::collections::HashMap<String, Vec<String>>);
+fn limiter<'a>(catalogue: &'a Catalogue, part: &OpenPart) -> &'a Arc<Limiter> {
+    catalogue.numbered(part.number).expect("a limiter that was known")
+}
 
-impl Arguments<'_> {
-    fn text(&self, name: &str) -> Option<&str> {
-        self.0.get(name)?.first().map(String::as_str)
+fn ask(line: &Line<'_>) -> Ask {
+    if let Some(wanted) = line.number("lease") {
+        let clients = line.number("clients").and_then(|clients| clients.try_into().ok());
+        return Ask::spend(wanted).to(Purpose::Lease { clients: clients.expect("clients=C") });
     }
+    let estimated = line.has("estimated");
+    let purpose = if estimated { Purpose::Estimate } else { Purpose::Spend };
+    Ask::spend(line.word(2).parse().expect("a cost")).to(purpose)
+}
 
-    fn number(&self, name: &str) -> Option<u64> {
-        self.text(name).map(|text| text.parse().expect("a number"))
-    }
-
-    fn duration(&self, name: &str) -> Option<Duration> {
-        let text = self.text(name)?;
-        let split = text.find(|c: char| !c.is_ascii_digit()).expect("a unit");
-        let (amount, unit) = text.split_at(split);
-        let amount = amount.parse().expect("a number");
-        Some(match unit {
-            "ns" => Duration::from_nanos(amount),
-            "us" => Duration::from_micros(amount),
-            "ms" => Duration::from_millis(amount),
-            "s" => Duration::from_secs(amount),
-            "m" => Duration::from_secs(amount * 60),
-            "h" => Duration::from_secs(amount * 3_600),
-            "d" => Duration::from_secs(amount * 86_400),
-            other => panic!("no unit `{other}`"),
-        })
-    }
+/// What a grant holds of what was charged.
+fn parts(asks: &[CellAsk<'_>], decided: &Decided) -> Vec<OpenPart> {
+    let verdicts = decided.charged.iter().zip(&decided.decision.verdicts);
+    let held = asks.iter().zip(verdicts).filter(|(ask, _)| !ask.shadow);
+    let parts = held.map(|(ask, (charged, verdict))| OpenPart {
+        holds: match ask.ask.purpose {
+            Purpose::Lease { .. } => Holds::Lease,
+            _ if ask.limiter.is_concurrency() => Holds::Permit,
+            Purpose::Spend | Purpose::Estimate => Holds::Estimate,
+        },
+        number: ask.limiter.number,
+        revision: ask.limiter.settings.revision,
+        cell: charged.cell,
+        slice: charged.slice,
+        charged: verdict.granted,
+        told: 0,
+        // Scripts say when: nothing expires by itself.
+        expires_at: Time::ZERO.after(Duration::MAX),
+    });
+    parts.collect()
 }
