@@ -201,6 +201,7 @@ impl Policy {
         let cell = self.cells.cell(key);
         rules.limiters.iter().enumerate().map(move |(index, limiter)| CellAsk {
             cell: cell.of_limit(index),
+            key: cell,
             overflow: rules.overflow.map(|overflow| overflow.of_limit(index)),
             limiter,
             ask: Ask {
@@ -236,6 +237,9 @@ impl Reserves {
                 u64::from(self.critical_basis_points) + u64::from(self.normal_basis_points)
             }
         };
+        if share == 0 {
+            return 0;
+        }
         let kept = u128::from(capacity) * u128::from(share);
         u64::try_from(kept.div_ceil(10_000)).unwrap_or(u64::MAX)
     }

@@ -157,6 +157,8 @@ pub struct Charge<'a> {
 pub struct CellAsk<'a> {
     /// The cell.
     pub cell: CellId,
+    /// The first cell of its key, which may have several.
+    pub key: CellId,
     /// The cell to charge instead if the policy has no room for another one.
     pub overflow: Option<CellId>,
     /// Who judges.

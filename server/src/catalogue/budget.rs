@@ -53,9 +53,11 @@ impl Budget {
         self.overflow_cells.fetch_add(usize::from(is_overflow), Ordering::Relaxed);
     }
 
-    /// A cell has left.
+    /// A cell has left. One that came while its key was another policy's was not counted here.
     pub fn remove(&self, is_overflow: bool) {
-        self.live.fetch_sub(1, Ordering::Relaxed);
-        self.overflow_cells.fetch_sub(usize::from(is_overflow), Ordering::Relaxed);
+        let less = |by: usize| move |count: usize| Some(count.saturating_sub(by));
+        let _ = self.live.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less(1));
+        let overflow = less(usize::from(is_overflow));
+        let _ = self.overflow_cells.fetch_update(Ordering::Relaxed, Ordering::Relaxed, overflow);
     }
 }

@@ -349,7 +349,7 @@ impl Storage for Embedded {
             let mut cells = Cells::new();
             let mut rules = Rules::new();
             for ask in charge.asks {
-                let place = match self.place_of(ask, charge.catalogue, &locked, overflows, now) {
+                let place = match self.place_of(ask, charge, &locked, overflows, now) {
                     Some(place) => place,
                     // Somebody else took the last room meanwhile.
                     None => break,
@@ -520,16 +520,20 @@ impl Embedded {
     fn place_of<'a>(
         &self,
         ask: &CellAsk<'a>,
-        catalogue: &'a Catalogue,
+        Charge { asks, catalogue, .. }: &Charge<'a>,
         locked: &Locked<'_>,
         overflows: bool,
         now: Moment,
     ) -> Option<Found<'a>> {
         let own = locked.find(ask.cell, ask.limiter, catalogue, now);
-        let Some(overflow) = ask.overflow.filter(|_| own.place.is_none() && self.overflows(ask))
-        else {
-            return Some(own);
+        // A key lives if any of its limits has a cell: the others are only full.
+        let lives = || {
+            let of_key = asks.iter().filter(|other| other.key == ask.key);
+            own.place.is_some()
+                || of_key.into_iter().any(|other| locked.number(other.cell).is_some())
         };
+        let overflow = ask.overflow.filter(|_| own.place.is_none() && self.overflows(ask));
+        let Some(overflow) = overflow.filter(|_| !lives()) else { return Some(own) };
         if !overflows {
             return None;
         }
@@ -721,6 +725,7 @@ mod tests {
     fn asks<'a>(limiter: &'a Limiter, cells: &[u64], tokens: u64) -> Vec<CellAsk<'a>> {
         let ask = |number: &u64| CellAsk {
             cell: cell(*number),
+            key: cell(*number),
             overflow: Some(cell(CROWD)),
             limiter,
             ask: Ask::spend(tokens),

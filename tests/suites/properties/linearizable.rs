@@ -99,8 +99,15 @@ impl Cells for Stored {
         let cell = CellId([cell << 32, cell]);
         match call {
             Call::Ask(ask) => {
-                let asks =
-                    [CellAsk { cell, overflow: None, limiter, ask, shadow: false, held: false }];
+                let asks = [CellAsk {
+                    cell,
+                    key: cell,
+                    overflow: None,
+                    limiter,
+                    ask,
+                    shadow: false,
+                    held: false,
+                }];
                 let charge = Charge { charging: Charging::AllOrNothing, asks: &asks, catalogue };
                 let mut told = Decided::default();
                 cells.apply(&charge, None, now, &mut told).unwrap();
