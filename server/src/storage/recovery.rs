@@ -157,9 +157,15 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     batch.put(Keyspace::Meta, DIRECTORY, directory.encode_to_vec());
     // What the last life wrote at its end is exact once.
     batch.delete(Keyspace::Meta, CLEAN_STOP);
+    // One whose cells are written from now on is still recovered as if they were not: records of an older
+    // time, before they were not written for a while, would be believed.
     for (id, known) in &limiters {
-        batch.put(Keyspace::Policies, id.to_key(), known.record(id).encode_to_vec());
+        let record = known.record(id, known.is_fast || known.was_fast);
+        batch.put(Keyspace::Policies, id.to_key(), record.encode_to_vec());
     }
+    let turned = limiters.iter().filter(|(_, known)| known.was_fast && !known.is_fast);
+    let turned = turned.map(|(id, known)| (id.to_key(), known.record(id, false).encode_to_vec()));
+    let turned: Vec<_> = turned.collect();
     journal.commit(batch)?;
     journal.sync_witnessed()?;
 
@@ -188,7 +194,11 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     };
     let retired = retiring.iter().filter(|(_, number)| is_done(number));
     let retired = retired.map(|(id, _)| (Keyspace::Policies, id.to_key()));
-    journal.commit_all(gone.into_iter().chain(retired).map(|(space, key)| (space, key, None)))?;
+    let deleted = gone.into_iter().chain(retired).map(|(space, key)| (space, key, None));
+    // Last, and before the first answer.
+    let turned = turned.into_iter().map(|(key, record)| (Keyspace::Policies, key, Some(record)));
+    journal.commit_all(deleted.chain(turned))?;
+    journal.sync_witnessed()?;
 
     let cells = Arc::new(cells);
     let writer = Writer::new(Arc::clone(&cells), journal, woken, directory.boot);
@@ -241,10 +251,10 @@ struct Known {
 }
 
 impl Known {
-    fn record(&self, id: &LimiterId) -> LimiterRecord {
+    fn record(&self, id: &LimiterId, fast: bool) -> LimiterRecord {
         let names = (id.namespace.as_str(), id.policy.as_str());
         let keys = (id.keys.as_str(), id.index);
-        LimiterRecord::of(names, keys, self.number, &self.settings, self.is_fast)
+        LimiterRecord::of(names, keys, self.number, &self.settings, fast)
     }
 }
 
