@@ -435,30 +435,45 @@ proptest! {
 
     #[test]
     fn no_life_on_a_disk_that_forgets_admits_more_than_the_limit(history in vec(events(), 1..60)) {
-        let mut world = World::new();
-        for event in history {
-            match event {
-                Event::Acquire { policy, key, percent, estimated } => {
-                    let tokens = (POLICIES[policy].burst * percent / 100).max(1);
-                    world.acquire(policy, key, tokens, estimated);
-                }
-                Event::Report { which, percent } => world.report(which, percent),
-                Event::Advance { millis } => world.advance(millis),
-                Event::Write { catch_up } => world.write(catch_up),
-                Event::Tend => {
-                    let life = world.life();
-                    for _ in 0..256 {
-                        life.cells.tend(&life.app.catalogue(), life.app.caller(Principal::Anonymous).now);
-                    }
-                }
-                Event::Stop { turns } => world.stop(turns),
-                Event::Crash { synced_only, wall_goes_back_millis, turns } => {
-                    world.crash(synced_only, wall_goes_back_millis, turns);
+        live(history);
+    }
+}
+
+#[test]
+fn a_record_of_before_a_policy_was_fast_is_not_believed() {
+    let acquire = Event::Acquire { policy: TURNING, key: 0, percent: 0, estimated: false };
+    let crash = |turns| Event::Crash { synced_only: true, wall_goes_back_millis: 0, turns };
+    let stop = Event::Stop { turns: true };
+    // Fast, slow, fast, and slow after a loss of power that takes the deletes along.
+    live(vec![acquire.clone(), stop.clone(), stop, acquire, crash(true), crash(false)]);
+}
+
+/// Lives through a history, and takes all that is left.
+fn live(history: Vec<Event>) {
+    let mut world = World::new();
+    for event in history {
+        match event {
+            Event::Acquire { policy, key, percent, estimated } => {
+                let tokens = (POLICIES[policy].burst * percent / 100).max(1);
+                world.acquire(policy, key, tokens, estimated);
+            }
+            Event::Report { which, percent } => world.report(which, percent),
+            Event::Advance { millis } => world.advance(millis),
+            Event::Write { catch_up } => world.write(catch_up),
+            Event::Tend => {
+                let life = world.life();
+                for _ in 0..256 {
+                    life.cells
+                        .tend(&life.app.catalogue(), life.app.caller(Principal::Anonymous).now);
                 }
             }
-            world.check();
+            Event::Stop { turns } => world.stop(turns),
+            Event::Crash { synced_only, wall_goes_back_millis, turns } => {
+                world.crash(synced_only, wall_goes_back_millis, turns);
+            }
         }
-        world.drain();
         world.check();
     }
+    world.drain();
+    world.check();
 }
