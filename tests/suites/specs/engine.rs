@@ -11,7 +11,7 @@ use fusebox_server::{
     clock::ServerClock,
     config::Config,
     storage::{
-        Answer, Charge, Charged, Decided, Embedded, Judge, Keeping, OpenGrant, Recovered,
+        Answer, Charge, Charged, Decided, Embedded, Judge, Keeping, OpenGrant, OpenPart, Recovered,
         Settlement, Storage, Writer, journal::Sled,
     },
 };
@@ -182,7 +182,7 @@ impl Engine for Core {
         for (id, (number, cell)) in &mut self.cells {
             let settings = &catalogue.numbered(*number).expect("its limiter").settings;
             let parts = open.iter().flat_map(|grant| &grant.parts);
-            let out = parts.filter(|part| part.cell == *id).map(|part| part.out()).sum();
+            let out = parts.filter(|part| part.cell == *id).map(OpenPart::out).sum();
             let state = settings.limit.revive(settings.current(*cell), out, now);
             *cell = Cell { revision: settings.revision, state };
         }
