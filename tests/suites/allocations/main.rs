@@ -15,12 +15,13 @@ use fusebox_server::{
     app::{self, Acquire, App, Entry, Principal, Priority},
     config::Config,
     counters::Decisions,
-    grpc::Service,
+    grpc::{Answers, Service},
     lifecycle::Lifecycle,
     metrics::Metrics,
     storage::{self, Answer, journal::Nothing},
 };
 use fusebox_tests::{Counting, ManualClock, panel::recover};
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 struct Counted;
@@ -67,7 +68,8 @@ fn app(lifecycle: &Lifecycle) -> Arc<App> {
     let recovered = recover(Nothing::open(), &config, &clock).unwrap();
     let disk = recovered.writer.disk();
     let storage::Recovered { catalogue, cells, grants, clock, boot, secret, .. } = recovered;
-    let life = app::Life { boot, secret, open: grants };
+    let draining = CancellationToken::new();
+    let life = app::Life { boot, secret, open: grants, draining };
     let app = Arc::new(App::new(catalogue, cells, clock, entropy, life));
     lifecycle.recovered(Arc::clone(&app), disk);
     app
@@ -134,7 +136,7 @@ fn counting_allocates_nothing() {
 fn the_service_allocates_its_future_and_its_verdicts() {
     let lifecycle = Arc::new(Lifecycle::default());
     app(&lifecycle);
-    let service = Service::new(lifecycle);
+    let service = Service::new(lifecycle, Arc::new(Answers::new([0; 16])));
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let request = || {
         let ask = Ask { policy: "many".into(), key: "key".into(), ..Default::default() };

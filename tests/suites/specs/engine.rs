@@ -136,7 +136,7 @@ impl Engine for Core {
                 ids.len() - 1
             });
             let policy = &ask.limiter.settings;
-            Rule { cell, policy, ask: ask.ask, shadow: ask.shadow, overflow: false }
+            Rule { cell, policy, ask: ask.ask, shadow: ask.shadow, overflow: false, held: false }
         });
         let rules: Vec<_> = rules.collect();
         let before: Cells = ids.iter().map(|(id, limiter)| self.find(*id, limiter)).collect();

@@ -100,6 +100,7 @@ fn named(reason: Reason) -> &'static str {
         Reason::RetryBudgetExhausted => "retry budget exhausted",
         Reason::ReservedForPriority => "reserved for priority",
         Reason::OverflowBucket => "overflow bucket",
+        Reason::LineFull => "line full",
         Reason::Blocked => "blocked",
     }
 }
