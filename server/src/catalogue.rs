@@ -6,7 +6,7 @@ mod budget;
 use std::{fmt, hash::Hasher, sync::Arc, time::Duration};
 
 use arrayvec::ArrayVec;
-use fusebox_core::{Ask, Kind, Limit, Moment, Window};
+use fusebox_core::{Ask, Kind, Limit, Moment, Purpose, Window};
 use hashbrown::HashMap;
 use siphasher::sip128::{Hash128, Hasher128, SipHasher24};
 
@@ -189,7 +189,8 @@ impl Policy {
         std::iter::once(&self.rules).chain(overrides).flat_map(|rules| &rules.limiters)
     }
 
-    /// The asks of one key, one for each limit that judges it.
+    /// The asks of one key, one for each limit that judges it. What only watches owes nothing: nobody would
+    /// settle it.
     pub fn asks<'a>(
         &'a self,
         key: &str,
@@ -207,6 +208,7 @@ impl Policy {
             ask: Ask {
                 reserved: self.reserves.kept_from(priority, limiter.settings.limit.capacity()),
                 window: limiter.window(now),
+                purpose: if self.shadow { Purpose::Spend } else { ask.purpose },
                 ..ask
             },
             shadow: self.shadow,

@@ -4,7 +4,9 @@ use core::time::Duration;
 
 use arrayvec::ArrayVec;
 
-use crate::{Admission, Ask, Cell, Kind, Level, Moment, Policy, Reason, Settled, Settlement};
+use crate::{
+    Admission, Ask, Cell, Kind, Level, Limit, Moment, Policy, Reason, Settled, Settlement,
+};
 
 /// Most rules that one decision takes: 16 asks of policies with four limits each.
 pub const MAX_RULES: usize = 64;
@@ -27,7 +29,7 @@ pub struct Rule<'a> {
     pub policy: &'a Policy,
     /// What is asked.
     pub ask: Ask,
-    /// It only watches: it is charged with the others, and never denies.
+    /// It only watches: it is charged with the others, unless it is a permit, and never denies.
     pub shadow: bool,
     /// The cell is shared by keys that have none of their own, and a denial says so.
     pub overflow: bool,
@@ -151,7 +153,7 @@ pub fn apply_to(
         let admission = told(plan.admission, rule);
         let allows = admission == Admission::Allow;
         decision.allowed &= allows || rule.shadow;
-        let charge = allows || charging == Charging::Always;
+        let charge = (allows || charging == Charging::Always) && !is_watched_permit(rule);
         if charge && plan.charged != state {
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
         }
@@ -173,6 +175,11 @@ pub fn apply_to(
     } else {
         cells.copy_from_slice(&planned);
     }
+}
+
+/// Whether it is a permit of a limiter that only watches: nobody would release it, so it is not taken.
+const fn is_watched_permit(rule: &Rule<'_>) -> bool {
+    rule.shadow && matches!(rule.policy.limit, Limit::Concurrency(_))
 }
 
 /// Nothing was charged, so each verdict tells its cell as it still is; a denial tells the wait for all that
