@@ -14,7 +14,7 @@ use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use arrayvec::ArrayVec;
-use fusebox_core::{Charging, Kind, Limit, MAX_RULES, Moment, Purpose, Time, Wall};
+use fusebox_core::{Charging, Decision, Kind, Limit, MAX_RULES, Moment, Purpose, Time, Wall};
 use parking_lot::Mutex;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
@@ -470,6 +470,7 @@ impl App {
         }
         let decision = &mut decided.decision;
         if resolved.asks.len() < resolved.rules.len() {
+            tell_leases(decision, resolved.rules);
             let ends: ArrayVec<usize, { limits::ASKS }> = resolved.ends().collect();
             decision.merge(&ends);
         }
@@ -603,6 +604,22 @@ impl Resolved<'_> {
             start = end;
         }
         parts
+    }
+}
+
+/// Has the verdict of each lease be that of the ask that it belongs to: what is left is told to who asks, at
+/// its own priority, and not at that of leases.
+fn tell_leases(decision: &mut Decision, rules: &[CellAsk<'_>]) {
+    let allowed = decision.allowed;
+    let is_lease = |rule: &CellAsk<'_>| matches!(rule.ask.purpose, Purpose::Lease { .. });
+    for (index, _) in rules.iter().enumerate().filter(|(_, rule)| is_lease(rule)) {
+        let (lease, mut asked) = (decision.verdicts[index], decision.verdicts[index - 1]);
+        if allowed {
+            asked.remaining = asked.remaining.saturating_sub(lease.granted);
+            asked.reset_after = lease.reset_after;
+        }
+        decision.verdicts[index - 1] = asked;
+        decision.verdicts[index] = asked;
     }
 }
 
