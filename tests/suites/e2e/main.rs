@@ -3,12 +3,20 @@
 
 mod acquire;
 mod bad_input;
+mod caller;
 mod clocks;
+mod kinds;
+mod leases;
 mod life;
+mod overflow;
+mod overrides;
+mod permits;
+mod priorities;
 mod report;
 mod requests;
 mod restart;
 mod seeing;
+mod several;
 mod waiting;
 
 use fusebox_proto::v1::{AcquireBatchRequest, AcquireRequest, Ask};

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use fusebox_client::{Ask, Client, Outcome, Reported};
+use fusebox_proto::v1::{GrantOutcome, ReportResult};
 use fusebox_tests::{Server, eventually};
 use tonic::Code;
 
-use crate::{CONFIG, remaining};
+use crate::{CONFIG, ask, caller::Caller, remaining};
 
 /// The grant of an estimate of the policy `tokens`.
 async fn estimate(client: &Client, key: &str, cost: u64) -> String {
@@ -56,6 +57,58 @@ async fn an_estimate_that_was_right_stands() {
     let reported = client.report([Outcome::as_estimated(grant)]).await.unwrap();
     assert_eq!(reported, [Reported::Applied]);
     assert_eq!(remaining(&server, "tokens", "a").await, 40);
+    server.stop().await.unwrap();
+}
+
+/// A streamed answer tells what it has cost so far, and in the end what it cost.
+#[tokio::test]
+async fn an_estimate_is_told_in_parts() {
+    let server = Server::start(CONFIG).await;
+    let mut caller = Caller::of(&server).await;
+    let estimated = fusebox_proto::v1::Ask { estimated: true, ..ask("tokens", "a", 60) };
+    let grant = caller.grant(estimated).await;
+    let told = |actual, partial| GrantOutcome {
+        grant_id: grant.clone(),
+        actual_cost: Some(actual),
+        partial,
+        ..Default::default()
+    };
+    for so_far in [20, 20, 10] {
+        assert_eq!(caller.report(told(so_far, true)).await, ReportResult::Applied);
+        assert_eq!(caller.left("tokens", "a").await, 40, "nothing comes back yet");
+    }
+    // What is known to be spent flows in again; what is out does not.
+    server.advance(Duration::from_secs(5));
+    assert_eq!(caller.left("tokens", "a").await, 60);
+    assert_eq!(caller.report(told(80, true)).await, ReportResult::Applied);
+    assert_eq!(caller.left("tokens", "a").await, 40, "what is more is charged at once");
+    assert_eq!(caller.report(told(70, false)).await, ReportResult::Applied);
+    assert_eq!(caller.left("tokens", "a").await, 40, "and is not unsaid");
+    assert_eq!(caller.report(told(90, true)).await, ReportResult::Duplicate);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_part_told_stands_when_the_rest_never_comes() {
+    let server = Server::start(CONFIG).await;
+    let mut caller = Caller::of(&server).await;
+    let estimated = fusebox_proto::v1::Ask { estimated: true, ..ask("tokens", "a", 60) };
+    let grant = caller.grant(estimated).await;
+    let part = GrantOutcome {
+        grant_id: grant.clone(),
+        actual_cost: Some(50),
+        partial: true,
+        ..Default::default()
+    };
+    assert_eq!(caller.report(part).await, ReportResult::Applied);
+    server.advance(Duration::from_secs(600));
+    assert_eq!(caller.left("tokens", "a").await, 90, "ten are still out");
+    eventually("the grant expires", async || {
+        server.http("/metrics").await.1.contains("fusebox_open_grants 0")
+    })
+    .await;
+    server.advance(Duration::from_secs(1));
+    assert_eq!(caller.left("tokens", "a").await, 100);
     server.stop().await.unwrap();
 }
 
