@@ -1,6 +1,7 @@
 //! Callers of a server that may be killed any moment: they write to the ledger what they ask and are told.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -67,6 +68,8 @@ impl Callers {
         }
         let many = caller();
         tasks.spawn(async { many.in_batches().await.unwrap_or_else(no_answer) });
+        let holder = caller();
+        tasks.spawn(async { holder.by_permits().await.unwrap_or_else(no_answer) });
         let (estimates, open) = (caller(), Arc::clone(left_open));
         tasks.spawn(async move { estimates.by_estimates(&open).await.unwrap_or_else(no_answer) });
         Self { tasks, enough }
@@ -109,6 +112,7 @@ impl Caller {
 
     /// Charges of one key, or of two together.
     async fn one_by_one(mut self) -> Result<(), Status> {
+        self.keys.retain(|key| key.policy.ttl().is_none());
         while self.goes_on() {
             let mut wanted = vec![self.some_key()];
             let other = self.some_key();
@@ -135,6 +139,7 @@ impl Caller {
     }
 
     async fn in_batches(mut self) -> Result<(), Status> {
+        self.keys.retain(|key| key.policy.ttl().is_none());
         while self.goes_on() {
             let entries: Vec<_> =
                 (0..self.chance.within(1..BATCH)).map(|_| vec![self.some_key()]).collect();
@@ -154,7 +159,9 @@ impl Caller {
 
     /// Estimates that turn out too high or too low, and some that nobody ever reports.
     async fn by_estimates(mut self, left_open: &LeftOpen) -> Result<(), Status> {
-        self.keys.retain(|key| key.policy.kept != Kept::Fast && key.policy.burst() > 100);
+        self.keys.retain(|Key { policy, .. }| {
+            policy.is_bucket() && policy.kept != Kept::Fast && policy.burst() > 100
+        });
         while self.goes_on() {
             let wanted = self.some_key();
             let Some(granted) = self.acquire(&[wanted], true).await? else { continue };
@@ -169,6 +176,28 @@ impl Caller {
         Ok(())
     }
 
+    /// Permits that are released after a while, and some that never are.
+    async fn by_permits(mut self) -> Result<(), Status> {
+        self.keys.retain(|key| key.policy.ttl().is_some());
+        let mut held = VecDeque::new();
+        while self.goes_on() {
+            let wanted = self.some_key();
+            let ticket = self.ledger.lock().sends(wanted.0, What::Charge, wanted.1);
+            let response = self.client.acquire(request(&[wanted], false)).await?.into_inner();
+            if conclude(&mut self.ledger.lock(), &[ticket], &response) && !self.chance.once_in(50) {
+                held.push_back((ticket, response.grant_id));
+            }
+            if self.chance.once_in(3) {
+                continue;
+            }
+            let Some((ticket, grant_id)) = held.pop_front() else { continue };
+            self.ledger.lock().releases(ticket);
+            let result = self.outcome(GrantOutcome { grant_id, ..Default::default() }).await?;
+            assert_ne!(result, ReportResult::Duplicate, "it is released once");
+        }
+        Ok(())
+    }
+
     /// Reports what a call cost.
     pub async fn report(&mut self, granted: &Granted, actual: u64) -> Result<ReportResult, Status> {
         let Granted { key, id, estimate } = granted.clone();
@@ -176,19 +205,23 @@ impl Caller {
         let ticket = self.ledger.lock().sends(key, what, actual.abs_diff(estimate));
         let outcome =
             GrantOutcome { grant_id: id, actual_cost: Some(actual), ..Default::default() };
-        let report = ReportRequest {
-            namespace: NAMESPACE.into(),
-            outcomes: vec![outcome],
-            ..Default::default()
-        };
-        let results = self.client.report(report).await?.into_inner().results;
-        let result = ReportResult::try_from(results[0]).unwrap();
+        let result = self.outcome(outcome).await?;
         let mut ledger = self.ledger.lock();
         match result {
             ReportResult::Applied => ledger.done(ticket),
             _ => ledger.refused(ticket),
         }
         Ok(result)
+    }
+
+    async fn outcome(&mut self, outcome: GrantOutcome) -> Result<ReportResult, Status> {
+        let report = ReportRequest {
+            namespace: NAMESPACE.into(),
+            outcomes: vec![outcome],
+            ..Default::default()
+        };
+        let results = self.client.report(report).await?.into_inner().results;
+        Ok(ReportResult::try_from(results[0]).unwrap())
     }
 
     /// Asks what is left of every key, while nobody else asks, and has the ledger compare.

@@ -1,6 +1,6 @@
 //! What the clients know of each bucket, kept apart from the server, and what must follow from it.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::policies::{Kept, Key};
 
@@ -13,6 +13,8 @@ const CLOCKS: Duration = Duration::from_millis(1);
 /// Everything that was ever sent, on the one clock of the test.
 pub struct Ledger {
     origin: Instant,
+    /// The same, on the clock of the wall.
+    wall: Duration,
     buckets: Vec<(Key, Vec<Entry>)>,
     kills: Vec<Duration>,
 }
@@ -26,6 +28,8 @@ struct Entry {
     received: Option<Duration>,
     /// The answer came, or it was certain that none would.
     over: Option<Duration>,
+    /// Its permits are about to be released.
+    released: Option<Duration>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +51,8 @@ pub struct Ticket(usize, usize);
 impl Ledger {
     pub fn new(keys: impl IntoIterator<Item = Key>) -> Self {
         let buckets = keys.into_iter().map(|key| (key, Vec::new())).collect();
-        Self { origin: Instant::now(), buckets, kills: Vec::new() }
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        Self { origin: Instant::now(), wall, buckets, kills: Vec::new() }
     }
 
     pub fn keys(&self) -> Vec<Key> {
@@ -64,7 +69,7 @@ impl Ledger {
         let bucket = self.buckets.iter().position(|(known, _)| *known == key).unwrap();
         let entries = &mut self.buckets[bucket].1;
         let tokens = i128::from(tokens);
-        entries.push(Entry { what, tokens, sent, received: None, over: None });
+        entries.push(Entry { what, tokens, sent, received: None, over: None, released: None });
         Ticket(bucket, entries.len() - 1)
     }
 
@@ -79,6 +84,12 @@ impl Ledger {
     pub fn refused(&mut self, ticket: Ticket) {
         self.buckets[ticket.0].1[ticket.1].tokens = 0;
         self.done(ticket);
+    }
+
+    /// The permits of a charge are about to be released.
+    pub fn releases(&mut self, Ticket(bucket, entry): Ticket) {
+        let now = self.now();
+        self.buckets[bucket].1[entry].released = Some(now);
     }
 
     /// The server was killed a moment ago.
@@ -104,6 +115,9 @@ impl Ledger {
         self.done(asked);
         let (key, entries) = &mut self.buckets[asked.0];
         entries[asked.1].tokens = left;
+        if key.policy.ttl().is_some() {
+            return Ok(()); // permits come back as they are released
+        }
         let now = entries[asked.1];
         let before = &entries[..asked.1];
         // Where nothing is left, something may be owed besides.
@@ -148,7 +162,10 @@ impl Ledger {
     /// Nothing was spent twice: no stretch of time has more in it than a full bucket and its refill, or what
     /// was said to be left at its start and its refill.
     pub fn check(&self) -> Result<(), String> {
-        self.buckets.iter().try_for_each(|(key, entries)| self.check_one(*key, entries))
+        self.buckets.iter().try_for_each(|(key, entries)| match key.policy.ttl() {
+            Some(ttl) => check_permits(*key, ttl, entries),
+            None => self.check_one(*key, entries),
+        })
     }
 
     /// What was allowed from one moment to another is what was both sent after the first and received before
@@ -192,11 +209,16 @@ impl Ledger {
                 }
                 let at_first = match first.what {
                     // And a part of a token, at most.
-                    What::Left if !std::ptr::eq(*first, *last) => first.tokens + 1,
+                    What::Left
+                        if !std::ptr::eq(*first, *last) && policy.is_bound_by_what_is_left() =>
+                    {
+                        first.tokens + 1
+                    }
                     _ => policy.burst(),
                 };
                 let stretch = end.saturating_sub(first.sent);
-                let most = (at_first + given_back) * policy.parts() + policy.refill(stretch);
+                let refill = policy.most_refill(self.wall + first.sent, self.wall + end);
+                let most = (at_first + given_back) * policy.parts() + refill;
                 if first.sent <= last.sent && spent * policy.parts() > most {
                     return Err(format!(
                         "spent twice: {spent} of {key} in {stretch:?} that began with {at_first}, and \
@@ -226,4 +248,25 @@ impl Ledger {
         };
         self.buckets.iter().flat_map(|(_, entries)| entries).filter(charged).count()
     }
+}
+
+/// Whenever somebody was given permits, or told how many are left, they were no more than others did not surely
+/// hold: had been told of before it asked, and had neither released nor had for as long as they last when
+/// it was answered.
+fn check_permits(key: Key, ttl: Duration, entries: &[Entry]) -> Result<(), String> {
+    let asks = entries.iter().filter(|entry| matches!(entry.what, What::Charge | What::Left));
+    let charges = || entries.iter().filter(|entry| entry.what == What::Charge);
+    for asked in asks.filter(|entry| entry.tokens > 0) {
+        let Some(answered) = asked.received else { continue };
+        let surely_held = |other: &&Entry| {
+            other.received.is_some_and(|received| received <= asked.sent)
+                && other.released.is_none_or(|released| released > answered)
+                && other.sent + ttl > answered
+        };
+        let held: i128 = charges().filter(surely_held).map(|other| other.tokens).sum();
+        if held + asked.tokens > key.policy.burst() {
+            return Err(format!("held twice: {held} of {key} were held before {asked:?}"));
+        }
+    }
+    Ok(())
 }
