@@ -183,7 +183,8 @@ impl Engine for Core {
             let settings = &catalogue.numbered(*number).expect("its limiter").settings;
             let parts = open.iter().flat_map(|grant| &grant.parts);
             let out = parts.filter(|part| part.cell == *id).map(OpenPart::out).sum();
-            let state = settings.limit.revive(settings.current(*cell), out, now);
+            let left = Cell { state: cell.state.with_out(out), ..*cell };
+            let state = settings.limit.revive(settings.current(left), out, now);
             *cell = Cell { revision: settings.revision, state };
         }
     }
