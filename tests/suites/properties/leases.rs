@@ -131,7 +131,7 @@ impl World {
     }
 
     /// Most messages arrive soon, some late, some twice, some never.
-    fn send(&mut self, message: Message) {
+    fn send(&mut self, message: &Message) {
         let copies = match self.dice.roll(10) {
             0 => 0,
             1 => 2,
@@ -155,7 +155,7 @@ impl World {
                 let cost = self.dice.roll(most);
                 let estimated = cost > 0 && self.dice.roll(4) == 0;
                 let lease = self.dice.roll(2) * self.dice.roll(self.burst);
-                self.send(Message::Acquire { client, sent_millis, cost, estimated, lease });
+                self.send(&Message::Acquire { client, sent_millis, cost, estimated, lease });
             }
             25..60 => self.spend(client),
             60..70 => self.give_back(client),
@@ -176,7 +176,7 @@ impl World {
         {
             let message = self.network.remove(&(at, order)).unwrap();
             self.to(at.max(self.now_millis));
-            self.arrive(message);
+            self.arrive(&message);
         }
         self.to(until);
     }
@@ -186,8 +186,8 @@ impl World {
         self.now_millis = millis;
     }
 
-    fn arrive(&mut self, message: Message) {
-        match message {
+    fn arrive(&mut self, message: &Message) {
+        match *message {
             Message::Acquire { client, sent_millis, cost, estimated, lease } => {
                 self.acquire(client, sent_millis, cost, estimated, lease);
             }
@@ -225,12 +225,12 @@ impl World {
             self.leased += held.leased;
             let lives_millis = held.expires_in.as_millis() as u64;
             let leased = held.leased;
-            self.send(Message::Leased { client, sent_millis, grant, leased, lives_millis });
+            self.send(&Message::Leased { client, sent_millis, grant, leased, lives_millis });
         }
         // What an estimate really cost is never less than what was spent of it, as the ledger counts it.
         if estimated && held.leased == 0 {
             let told = Told { actual_cost: Some(cost), ..Told::default() };
-            self.send(Message::Report { grant, told });
+            self.send(&Message::Report { grant, told });
         }
     }
 
@@ -254,7 +254,7 @@ impl World {
         let Some(lease) = of_client.find(|lease| lease.left > 0) else { return };
         let lease_returned = std::mem::take(&mut lease.left);
         let (grant, told) = (lease.grant, Told { lease_returned, ..Told::default() });
-        self.send(Message::Report { grant, told });
+        self.send(&Message::Report { grant, told });
     }
 
     fn report(&mut self, grant: GrantName, told: Told) {
