@@ -6,6 +6,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // figures for people, of a known range
 
 mod decide;
+mod flood;
 mod footprint;
 mod load;
 mod machine;
@@ -88,6 +89,8 @@ enum Part {
     Footprint,
     /// Instructions of one decision, beside the crate `governor`; wants valgrind.
     Instructions,
+    /// Ten million made-up names: memory, and what others notice of them.
+    Flood,
 }
 
 /// What this program runs of itself.
@@ -143,6 +146,9 @@ async fn all(options: &Options) -> Result<()> {
     }
     if options.parts.contains(&Part::Instructions) {
         decide::measure()?;
+    }
+    if options.parts.contains(&Part::Flood) {
+        flood::measure(options).await?;
     }
     Ok(())
 }

@@ -30,10 +30,12 @@ const POLICIES: &str = "
 namespaces:
   bench:
     policies:
-      slow: {token_bucket: {limit: 1000000000, per: 1d}}
-      fast: {token_bucket: {limit: 1000000000, per: 1s}}
+      slow: {token_bucket: {limit: 1000000000, per: 1d}, max_cells: 10000000}
+      fast: {token_bucket: {limit: 1000000000, per: 1s}, max_cells: 10000000}
       # One that is not full again before it is looked at: its cells stay.
-      slowest: {token_bucket: {limit: 1000, per: 366d}}
+      slowest: {token_bucket: {limit: 1000, per: 366d}, max_cells: 10000000}
+      # One that has room for a part of the keys that are made up, and never denies.
+      flooded: {token_bucket: {limit: 1000, per: 366d, burst: 1000000000000}, max_cells: 1000000}
 ";
 
 /// Where a server keeps its state.

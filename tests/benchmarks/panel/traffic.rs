@@ -1,5 +1,7 @@
 //! What is asked: requests, encoded before the clock runs.
 
+use std::ops::Range;
+
 use bytes::{BufMut, Bytes, BytesMut};
 use fusebox_proto::v1::{
     AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, Ask, Decision,
@@ -147,12 +149,25 @@ impl Traffic {
         (Self::of(Shape::Batch(BATCH), policy, batches, (0..batches).collect()), batches)
     }
 
+    /// Batches that ask each of these keys once, whole thousands of them, and how many they are.
+    pub(crate) fn each_between(policy: &str, keys: Range<u32>) -> (Self, u32) {
+        let calls = keys.start / BATCH..keys.end / BATCH;
+        let batches = calls.len() as u32;
+        let order = (0..batches).collect();
+        (Self::of_calls(Shape::Batch(BATCH), policy, calls, order), batches)
+    }
+
     fn of(shape: Shape, policy: &str, calls: u32, order: Vec<u32>) -> Self {
+        Self::of_calls(shape, policy, 0..calls, order)
+    }
+
+    fn of_calls(shape: Shape, policy: &str, calls: Range<u32>, order: Vec<u32>) -> Self {
         let mut frames = BytesMut::new();
-        for call in 0..calls {
+        let count = calls.len();
+        for call in calls {
             put(&mut frames, shape, policy, call);
         }
-        let length = frames.len() / calls as usize;
+        let length = frames.len() / count;
         Self { shape, frames: frames.freeze(), length, order, next: 0 }
     }
 
