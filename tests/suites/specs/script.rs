@@ -7,14 +7,17 @@ use fusebox_core::{Ask, Charging, Purpose, Time};
 use fusebox_server::{
     app::{GrantId, Priority},
     catalogue::{Catalogue, Limiter},
-    config::{Config, ConfigError},
     storage::{CellAsk, Charge, Decided, Holds, Judge, OpenGrant, OpenPart, Settlement},
 };
 
 use crate::{
     engine::Engine,
+    policies::Policies,
     words::{Arguments, Line, shown, wall},
 };
+
+/// Of all policies.
+const NAMESPACE: &str = "spec";
 
 /// A script being run against an engine.
 ///
@@ -33,8 +36,7 @@ use crate::{
 /// - `cells`: how many are not full, after housekeeping
 pub struct Script {
     engine: Box<dyn Engine>,
-    /// Each as it was written.
-    policies: BTreeMap<String, String>,
+    policies: Policies,
     grants: BTreeMap<String, Grant>,
 }
 
@@ -45,7 +47,7 @@ struct Grant {
 
 impl Script {
     pub fn new(engine: Box<dyn Engine>) -> Self {
-        Self { engine, policies: BTreeMap::new(), grants: BTreeMap::new() }
+        Self { engine, policies: Policies::default(), grants: BTreeMap::new() }
     }
 
     pub fn run(&mut self, case: &TestCase) -> String {
@@ -55,7 +57,8 @@ impl Script {
             "without" => String::new(),
             "policy" => self.policy(&case.input),
             "drop" => {
-                self.policies.remove(arguments.text("policy").expect("policy=NAME"));
+                let name = arguments.text("policy").expect("policy=NAME");
+                self.policies.drop(NAMESPACE, name);
                 self.configure().expect("what was one stays one");
                 String::new()
             }
@@ -81,15 +84,7 @@ impl Script {
 
     fn policy(&mut self, text: &str) -> String {
         let before = self.policies.clone();
-        let mut name = "";
-        for line in text.lines() {
-            if !line.starts_with([' ', '#']) {
-                name = line.split(':').next().unwrap_or_default();
-                self.policies.remove(name);
-            }
-            let policy = self.policies.entry(name.to_owned()).or_default();
-            writeln!(policy, "      {line}").expect("a string grows");
-        }
+        self.policies.write(NAMESPACE, text);
         match self.configure() {
             Ok(()) => String::new(),
             Err(message) => {
@@ -100,15 +95,7 @@ impl Script {
     }
 
     fn configure(&mut self) -> Result<(), String> {
-        let mut text = "namespaces:\n  spec:\n    policies:\n".to_owned();
-        text.extend(self.policies.values().map(String::as_str));
-        let config = Config::parse("spec.yaml", &text).map_err(|error| match error {
-            ConfigError::Invalid { message, .. } => {
-                format!("{}\n", message.lines().next().unwrap_or_default())
-            }
-            other => panic!("{other}"),
-        })?;
-        self.engine.configure(&config, &self.open());
+        self.engine.configure(&self.policies.config()?, &self.open());
         Ok(())
     }
 
@@ -128,7 +115,8 @@ impl Script {
         let (catalogue, now) = (self.engine.catalogue(), self.engine.now());
         let (mut asks, mut ends) = (Vec::new(), Vec::new());
         for line in lines {
-            let policy = catalogue.namespace("spec").and_then(|spec| spec.policy(line.word(0)));
+            let policy =
+                catalogue.namespace(NAMESPACE).and_then(|known| known.policy(line.word(0)));
             let policy = policy.unwrap_or_else(|| panic!("no policy `{}`", line.word(0)));
             let ask = Ask { retry: arguments.has("retry"), ..ask(line) };
             // Leases leave what the lowest priority does.

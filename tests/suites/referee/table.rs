@@ -1,0 +1,138 @@
+//! Whether the table of facts is true of the scripts and tests that it names.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+/// Where the table and the scripts are.
+pub fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("referee")
+}
+
+/// The scripts beside the table.
+pub fn scripts() -> Vec<PathBuf> {
+    let files = std::fs::read_dir(folder()).expect("the folder");
+    let paths = files.map(|file| file.expect("a file").path());
+    paths.filter(|path| path.extension().is_some_and(|extension| extension == "txt")).collect()
+}
+
+/// What became of a fact.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fate {
+    Replayed,
+    /// Replayed, where we answer otherwise on purpose.
+    Boundary,
+    NotExpressible,
+    OfTheSdk,
+}
+
+#[derive(Debug)]
+struct Row {
+    id: String,
+    fate: Fate,
+    /// The script, or the test as `path::name`.
+    place: String,
+}
+
+fn rows() -> Vec<Row> {
+    let table = std::fs::read_to_string(folder().join("README.md")).expect("the table");
+    let rows = table.lines().filter(|line| is_id(line.trim_start_matches("| ")));
+    let rows = rows.map(|line| {
+        let columns: Vec<_> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let [id, _, fate, why, place] = columns[..] else { panic!("five columns, not {line}") };
+        let fate = match fate {
+            "replayed" => Fate::Replayed,
+            "boundary" => Fate::Boundary,
+            "not expressible" => Fate::NotExpressible,
+            "SDK" => Fate::OfTheSdk,
+            other => panic!("{id}: no fate `{other}`"),
+        };
+        assert!(fate == Fate::Replayed || !why.is_empty(), "{id} must say why");
+        Row { id: id.to_owned(), fate, place: place.trim_matches('`').to_owned() }
+    });
+    rows.collect()
+}
+
+/// Whether it begins with the id of a fact.
+fn is_id(text: &str) -> bool {
+    ["L-LIB-", "L-SRV-", "L-KUA-", "G-", "OURS-"].iter().any(|family| {
+        let number = text.strip_prefix(family);
+        number.is_some_and(|number| number.starts_with(|c: char| c.is_ascii_digit()))
+    })
+}
+
+/// Every id in the comments of the scripts, and the scripts that it is in.
+fn replayed() -> BTreeMap<String, Vec<String>> {
+    let mut ids = BTreeMap::<String, Vec<String>>::new();
+    for path in scripts() {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let text = std::fs::read_to_string(&path).expect("a script");
+        for line in text.lines().filter(|line| line.starts_with('#')) {
+            let words = line.split([' ', ',', ':', '(', ')', '.']);
+            for id in words.filter(|word| is_id(word)) {
+                ids.entry(id.to_owned()).or_default().push(name.clone());
+            }
+        }
+    }
+    ids
+}
+
+#[test]
+fn a_fact_has_one_row_and_the_rows_are_numbered_without_a_gap() {
+    let mut last = BTreeMap::<String, u32>::new();
+    for Row { id, .. } in rows() {
+        let (family, number) = id.rsplit_once('-').unwrap();
+        let last = last.entry(family.to_owned()).or_default();
+        *last += 1;
+        assert_eq!(number.parse(), Ok(*last), "{id}");
+    }
+}
+
+#[test]
+fn every_row_that_is_replayed_is_where_it_says() {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let ids = replayed();
+    for Row { id, fate, place } in rows() {
+        let scripts = ids.get(&id).map_or(&[][..], Vec::as_slice);
+        match (fate, place.rsplit_once("::")) {
+            (Fate::NotExpressible | Fate::OfTheSdk, _) => {
+                assert!(scripts.is_empty() && place.is_empty(), "{id} is not replayed");
+            }
+            (Fate::Replayed | Fate::Boundary, None) => {
+                assert_eq!(scripts, [place], "{id} is in one script, once");
+            }
+            (Fate::Replayed | Fate::Boundary, Some((path, name))) => {
+                assert!(scripts.is_empty(), "{id} is in a script, too");
+                let source = std::fs::read_to_string(tests.join(path));
+                let source = source.unwrap_or_else(|error| panic!("{id}: {path}: {error}"));
+                assert!(source.contains(&format!("fn {name}(")), "{id}: no {name} in {path}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_id_of_a_script_has_a_row() {
+    let rows: BTreeSet<_> = rows().into_iter().map(|row| row.id).collect();
+    for id in replayed().keys() {
+        assert!(rows.contains(id), "{id} has no row");
+    }
+}
+
+#[test]
+fn all_of_ours_and_nine_in_ten_of_what_we_can_express_are_replayed() {
+    let mut count = BTreeMap::<Fate, usize>::new();
+    for Row { id, fate, .. } in rows() {
+        let is_replayed = matches!(fate, Fate::Replayed | Fate::Boundary);
+        assert!(is_replayed || !id.starts_with("OURS-"), "{id} is our own");
+        *count.entry(fate).or_default() += 1;
+    }
+    let of = |fate| count.get(&fate).copied().unwrap_or(0);
+    let (replayed, all) = (of(Fate::Replayed) + of(Fate::Boundary), count.values().sum::<usize>());
+    let expressible = all - of(Fate::NotExpressible) - of(Fate::OfTheSdk);
+    println!("{all} rows: {count:?}");
+    assert!(10 * replayed >= 9 * expressible, "{replayed} of {expressible}");
+    // Else "not expressible" would be a way out.
+    assert!(3 * replayed >= 2 * all, "{replayed} of {all}");
+}
