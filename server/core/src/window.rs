@@ -242,10 +242,11 @@ impl WindowLimit {
         Window { start, end: start.after(self.longest()) }
     }
 
-    /// Whether the window of `state` is over. One that ends later than any would was written under a clock
-    /// that was wrong.
+    /// Whether the window of `state` is over. A clock that goes back by up to the length of a window does not
+    /// end it, or a small step after it began would give its tokens twice; one that ends later than that was
+    /// written under a clock that was wrong.
     fn is_over(&self, state: State, now: Moment) -> bool {
         let end = if state.is_adopted() { state.start.after(self.longest()) } else { state.end };
-        now.wall >= end || now.wall.after(self.longest()) < end
+        now.wall >= end || now.wall.after(2 * self.longest()) < end
     }
 }
