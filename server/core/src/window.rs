@@ -109,6 +109,9 @@ pub struct State {
     /// The end of the window: until then it is the current one, whatever clock and settings say meanwhile.
     /// [`Wall::default`] if the cell was counted by no window before: then it is the one that `start` is in.
     pub end: Wall,
+    /// When it was first charged. A window that has yet to begin was charged under a clock that was ahead: it
+    /// is the current one for as long as one lasts from here.
+    pub since: Time,
 }
 
 impl State {
@@ -137,7 +140,7 @@ impl Kind for WindowLimit {
         let before = self.current(state, ask.window, now);
         let left = self.limit.saturating_sub(before.spent);
         let tokens = ask.granted_of(left);
-        let until_end = Duration::from_nanos(before.end.nanos_since(now.wall));
+        let until_end = self.until_end(before, now);
         let admission = if self.limit == 0 {
             Admission::Deny { reason: Reason::Blocked, retry_after: None }
         } else {
@@ -185,12 +188,12 @@ impl Kind for WindowLimit {
     }
 
     fn covers(&self, mark: Mark, before: State, after: State) -> bool {
-        let same_window = before.start == after.start && before.end == after.end;
+        let same_window = after == State { spent: after.spent, ..before };
         same_window && mark.spent >= after.spent
     }
 
-    fn revive(&self, state: State, _: u64, _: Moment) -> State {
-        state
+    fn revive(&self, state: State, _: u64, now: Moment) -> State {
+        State { since: state.since.min(now.time), ..state }
     }
 
     fn spent(&self, state: State, now: Moment) -> u64 {
@@ -198,7 +201,7 @@ impl Kind for WindowLimit {
     }
 
     fn having_spent(&self, tokens: u64, at: Moment) -> State {
-        State { spent: tokens, start: at.wall, end: Wall::default() }
+        State { spent: tokens, start: at.wall, end: Wall::default(), since: at.time }
     }
 
     fn fills_in(&self) -> Option<Duration> {
@@ -206,9 +209,13 @@ impl Kind for WindowLimit {
     }
 
     fn full_at(&self, state: State, now: Moment) -> Option<Time> {
-        let end = if state.is_adopted() { state.start.after(self.longest()) } else { state.end };
-        let full = state.spent == 0 || self.is_over(state, now) && !state.is_adopted();
-        Some(now.time_at(if full { end.min(now.wall) } else { end }))
+        Some(if self.is_over(state, now) {
+            now.time_at(self.end(state).min(now.wall)).min(self.held_until(state))
+        } else if state.spent == 0 {
+            now.time
+        } else {
+            now.time.after(self.until_end(state, now))
+        })
     }
 
     fn rebase(&self, state: State, _: Option<&Self>, at: Moment) -> State {
@@ -221,12 +228,12 @@ impl WindowLimit {
     /// The cell as it is now.
     fn current(&self, state: Option<State>, offered: Option<Window>, now: Moment) -> State {
         let window = self.window(offered, now.wall);
-        let fresh = State { spent: 0, start: window.start, end: window.end };
-        match state {
-            Some(state) if state.is_adopted() && window.start <= state.start => {
-                State { spent: state.spent, ..fresh }
+        let fresh = State { spent: 0, start: window.start, end: window.end, since: now.time };
+        match state.filter(|state| !self.is_over(*state, now)) {
+            Some(state) if !state.is_adopted() => state,
+            Some(State { spent, start, since, .. }) if window.start <= start => {
+                State { spent, since, ..fresh }
             }
-            Some(state) if !self.is_over(state, now) && !state.is_adopted() => state,
             _ => fresh,
         }
     }
@@ -242,11 +249,27 @@ impl WindowLimit {
         Window { start, end: start.after(self.longest()) }
     }
 
-    /// Whether the window of `state` is over. A clock that goes back by up to the length of a window does not
-    /// end it, or a small step after it began would give its tokens twice; one that ends later than that was
-    /// written under a clock that was wrong.
+    /// Whether the window of `state` is over. One that the clock says has yet to begin is not, until it would
+    /// be if the clock had been right: a clock that steps back grants nothing twice, and one that was wrong
+    /// locks nobody out for longer than a window.
     fn is_over(&self, state: State, now: Moment) -> bool {
-        let end = if state.is_adopted() { state.start.after(self.longest()) } else { state.end };
-        now.wall >= end || now.wall.after(2 * self.longest()) < end
+        now.wall >= self.end(state) || now.wall < state.start && now.time >= self.held_until(state)
+    }
+
+    fn end(&self, state: State) -> Wall {
+        if state.is_adopted() { state.start.after(self.longest()) } else { state.end }
+    }
+
+    /// Until when the window is the current one although it has yet to begin.
+    fn held_until(&self, state: State) -> Time {
+        state.since.after(self.longest())
+    }
+
+    /// Time until the window of `state` is over, if no clock steps.
+    fn until_end(&self, state: State, now: Moment) -> Duration {
+        let until_begun = state.start.nanos_since(now.wall);
+        let held = self.held_until(state).nanos_since(now.time);
+        let until_end = self.end(state).nanos_since(now.wall);
+        Duration::from_nanos(if held < until_begun { held } else { until_end })
     }
 }

@@ -232,6 +232,8 @@ struct WindowState {
     start_nanos: u64,
     #[prost(uint64, tag = "3")]
     end_nanos: u64,
+    #[prost(uint64, tag = "4")]
+    since_nanos: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -408,6 +410,7 @@ impl CellRecord {
                 spent: state.spent,
                 start_nanos: state.start.as_nanos(),
                 end_nanos: state.end.as_nanos(),
+                since_nanos: state.since.as_nanos(),
             }),
             State::SlidingWindow(state) => StateRecord::SlidingWindow(SlidingWindowState {
                 counts: state.counts.to_vec(),
@@ -465,6 +468,7 @@ impl CellRecord {
                 spent: Some(state.spent).filter(|spent| sane(*spent))?,
                 start: Wall::from_nanos(state.start_nanos),
                 end: Wall::from_nanos(state.end_nanos),
+                since: Time::from_nanos(state.since_nanos),
             }),
             StateRecord::SlidingWindow(state) => {
                 let counts = state.counts.as_slice().try_into().ok()?;
