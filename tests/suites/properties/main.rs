@@ -1,14 +1,19 @@
 //! Properties of the core, for random settings and histories, against a naive model.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
+mod concurrency;
 mod decisions;
 mod drift;
 mod histories;
+mod kinds;
 mod leases;
 mod linearizable;
 mod marks;
 mod model;
+mod retry_budget;
+mod sliding_window;
 mod token_bucket;
+mod window;
 
 use std::time::Duration;
 
