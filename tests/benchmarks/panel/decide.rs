@@ -4,14 +4,17 @@
 //! Each decision runs N and 2 N times in a process of its own, counted inside [`repeat`] only, where no clock is
 //! calibrated; the difference is what N of them take.
 
-use std::{env, hint::black_box, num::NonZeroU32, process::Command, time::Duration};
+use std::{env, hint::black_box, num::NonZeroU32, process::Command, sync::Arc, time::Duration};
 
 use clap::ValueEnum;
-use fusebox_core::{Charging, Cost, Decision, Limit, Policy, Rule, Time, TokenBucket};
+use fusebox_core::{
+    Ask, Charging, Concurrency, Decision, Limit, Moment, Policy, RetryBudget, Rule, Rules,
+    SlidingWindow, Time, TokenBucket, Wall, Window, WindowLimit,
+};
 use fusebox_server::{
-    catalogue::{CellHasher, PolicyNumber},
+    catalogue::{Budget, Catalogue, CellHasher, Limiter, LimiterNumber, PolicyName},
     clock::{Clock, SystemClock},
-    storage::{Answer, CellAsk, Charge, Embedded, Keeping, Storage},
+    storage::{Answer, CellAsk, Charge, Decided, Embedded, Keeping, Storage},
 };
 use governor::{
     Quota, RateLimiter,
@@ -34,6 +37,9 @@ const KEYS: usize = 1_000;
 const LIMIT: u32 = 1_000_000_000;
 const PER: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Life of a permit, and of what a retry budget remembers.
+const TTL: Duration = Duration::from_secs(10);
+
 /// Time that passes between two decisions.
 const STEP: Duration = Duration::from_micros(1);
 
@@ -42,11 +48,27 @@ const STEP: Duration = Duration::from_micros(1);
 pub(crate) enum What {
     /// Nothing: what the loop itself takes.
     Nothing,
-    /// The core's, on a cell at hand.
+    /// The core's, on a cell at hand: of a token bucket.
     Core,
+    /// Of a fixed window.
+    CoreFixed,
+    /// Of a window of a calendar that is looked up already.
+    CoreCalendar,
+    /// Of a sliding window.
+    CoreSliding,
+    /// Of permits.
+    CorePermits,
+    /// Of a retry budget.
+    CoreRetries,
+    /// Of a token bucket that only watches.
+    CoreShadow,
+    /// Of a policy of three limits.
+    CoreThree,
     /// The server's storage: names the cell, locks, finds, decides, writes back.
     Embedded,
-    /// The same, and the server's clock.
+    /// The same, of a policy of three limits.
+    EmbeddedThree,
+    /// As of one limit, and the server's clock.
     EmbeddedClock,
     /// `governor`, by a clock that is a number.
     Governor,
@@ -58,8 +80,16 @@ impl What {
     fn name(self) -> &'static str {
         match self {
             Self::Nothing => "the loop",
-            Self::Core => "`fusebox_core::apply_to`, the cell at hand",
+            Self::Core => "`fusebox_core::apply_to`, the cell at hand: token bucket",
+            Self::CoreFixed => "the same: fixed window",
+            Self::CoreCalendar => "the same: calendar window",
+            Self::CoreSliding => "the same: sliding window",
+            Self::CorePermits => "the same: concurrency",
+            Self::CoreRetries => "the same: retry budget",
+            Self::CoreShadow => "the same: token bucket that only watches",
+            Self::CoreThree => "the same: token bucket, fixed and sliding window together",
             Self::Embedded => "`Embedded::apply`, with the hash of the key",
+            Self::EmbeddedThree => "the same: token bucket, fixed and sliding window together",
             Self::EmbeddedClock => "`Embedded::apply`, with the hash of the key and a clock read",
             Self::Governor => "`governor` `check_key`, fake clock",
             Self::GovernorClock => "`governor` `check_key`, default clock",
@@ -69,10 +99,32 @@ impl What {
     /// What it is compared with: the same work, as far as there is the same.
     fn twin(self) -> Option<Self> {
         match self {
-            Self::Core | Self::Embedded => Some(Self::Governor),
             Self::EmbeddedClock => Some(Self::GovernorClock),
             Self::Nothing | Self::Governor | Self::GovernorClock => None,
+            _ => Some(Self::Governor),
         }
+    }
+
+    /// The limits of the policy that is asked, which has enough of all.
+    fn limits(self) -> Result<Vec<Limit>> {
+        let bucket = Limit::TokenBucket(TokenBucket::new(LIMIT.into(), PER, LIMIT.into())?);
+        let fixed = Limit::Window(WindowLimit::fixed(LIMIT.into(), PER)?);
+        let sliding = Limit::SlidingWindow(SlidingWindow::new(LIMIT.into(), PER)?);
+        Ok(match self {
+            Self::CoreFixed => vec![fixed],
+            Self::CoreCalendar => vec![Limit::Window(WindowLimit::calendar(LIMIT.into(), PER)?)],
+            Self::CoreSliding => vec![sliding],
+            Self::CorePermits => vec![Limit::Concurrency(Concurrency::new(LIMIT.into(), TTL)?)],
+            Self::CoreRetries => vec![Limit::RetryBudget(RetryBudget::new(200, 10, TTL)?)],
+            Self::CoreThree | Self::EmbeddedThree => vec![bucket, fixed, sliding],
+            _ => vec![bucket],
+        })
+    }
+
+    /// What is asked of each of them.
+    fn ask(self) -> Ask {
+        let day = Window { start: Wall::from_nanos(0), end: Wall::from_nanos(0).after(PER) };
+        Ask { window: (self == Self::CoreCalendar).then_some(day), ..Ask::spend(1) }
     }
 }
 
@@ -131,33 +183,21 @@ pub(crate) fn run(what: What, times: usize) -> Result<()> {
         keys.iter().enumerate().for_each(|(index, key)| decide(index, key));
         repeat(times, &keys, decide);
     };
-    let bucket = TokenBucket::new(LIMIT.into(), PER, LIMIT.into())?;
-    let policy = Policy::new(Limit::TokenBucket(bucket), 0);
-    let mut now = Time::ZERO;
+    let limits = what.limits()?;
+    let policies: Vec<_> = limits.into_iter().map(|limit| Policy::new(limit, 0)).collect();
+    let mut passed = Duration::ZERO;
     let mut passes = move || {
-        now = now.after(STEP);
-        now
+        passed += STEP;
+        at(passed)
     };
     match what {
         What::Nothing => each(&mut |_, key| {
             black_box(key);
         }),
-        What::Core => {
-            let mut cells = vec![None; KEYS];
-            let mut decision = Decision::default();
-            each(&mut |index, _| {
-                let cost = Cost { tokens: 1, estimated: false };
-                let rule = Rule { cell: 0, policy: black_box(&policy), cost };
-                let cell = &mut cells[index..=index];
-                let charging = Charging::AllOrNothing;
-                fusebox_core::apply_to(&mut decision, &[rule], charging, cell, passes());
-                assert!(black_box(&decision).allowed);
-            });
-        }
-        What::Embedded => embedded(&policy, each, passes),
+        What::Embedded | What::EmbeddedThree => embedded(&policies, each, passes),
         What::EmbeddedClock => {
             let clock = SystemClock::default();
-            embedded(&policy, each, || Time::ZERO.after(clock.monotonic()));
+            embedded(&policies, each, || at(clock.monotonic()));
         }
         What::Governor => {
             let clock = FakeRelativeClock::default();
@@ -165,8 +205,30 @@ pub(crate) fn run(what: What, times: usize) -> Result<()> {
             governed(clock.clone(), each, advance)?;
         }
         What::GovernorClock => governed(DefaultClock::default(), each, || {})?,
+        _ => {
+            let count = policies.len();
+            let (shadow, overflow) = (what == What::CoreShadow, false);
+            let mut cells = vec![None; KEYS * count];
+            let mut decision = Decision::default();
+            each(&mut |index, _| {
+                let rule = |(cell, policy)| {
+                    let policy = black_box(policy);
+                    Rule { cell, policy, ask: what.ask(), shadow, overflow }
+                };
+                let rules: Rules<'_> = policies.iter().enumerate().map(rule).collect();
+                let cells = &mut cells[index * count..(index + 1) * count];
+                let charging = Charging::AllOrNothing;
+                fusebox_core::apply_to(&mut decision, &rules, charging, cells, passes());
+                assert!(black_box(&decision).allowed);
+            });
+        }
     }
     Ok(())
+}
+
+/// That moment, on both clocks.
+fn at(passed: Duration) -> Moment {
+    Moment { time: Time::ZERO.after(passed), wall: Wall::from_nanos(0).after(passed) }
 }
 
 /// What is counted.
@@ -179,25 +241,42 @@ fn repeat(times: usize, keys: &[String], decide: &mut dyn FnMut(usize, &String))
 }
 
 fn embedded(
-    policy: &Policy,
+    policies: &[Policy],
     each: impl Fn(&mut dyn FnMut(usize, &String)),
-    mut now: impl FnMut() -> Time,
+    mut now: impl FnMut() -> Moment,
 ) {
     let hasher = CellHasher::new(&[7; 16], "bench", "slow");
-    let (storage, _woken) = Embedded::new(KEYS);
-    let mut decision = Decision::default();
+    let budget = Arc::new(Budget::new(KEYS * policies.len()));
+    let limiter = |(number, settings): (u32, &Policy)| Limiter {
+        name: PolicyName { namespace: "bench".into(), policy: "slow".into() },
+        number: LimiterNumber(number),
+        settings: settings.clone(),
+        keeping: Keeping::AtStop,
+        calendar: None,
+        budget: Arc::clone(&budget),
+    };
+    let limiters: Vec<_> = (0..).zip(policies).map(limiter).collect();
+    let catalogue = Catalogue::default();
+    let overflow = Some(hasher.overflow(None));
+    let (storage, _woken) = Embedded::new(KEYS * policies.len());
+    let mut decided = Decided::default();
+    let mut asks = Vec::with_capacity(limiters.len());
     each(&mut |_, key| {
-        let ask = CellAsk {
-            cell: black_box(&hasher).cell(key),
-            number: PolicyNumber(0),
-            policy: black_box(policy),
-            keeping: Keeping::AtStop,
-            cost: Cost { tokens: 1, estimated: false },
+        let cell = black_box(&hasher).cell(key);
+        let ask = |(index, limiter): (usize, _)| CellAsk {
+            cell: cell.of_limit(index),
+            overflow: overflow.map(|overflow| overflow.of_limit(index)),
+            limiter: black_box(limiter),
+            ask: Ask::spend(1),
+            shadow: false,
         };
-        let charge = Charge { charging: Charging::AllOrNothing, asks: &[ask] };
-        let answer = storage.apply(&charge, None, now(), &mut decision);
+        asks.clear();
+        asks.extend(limiters.iter().enumerate().map(ask));
+        let charge =
+            Charge { charging: Charging::AllOrNothing, asks: &asks, catalogue: &catalogue };
+        let answer = storage.apply(&charge, None, now(), &mut decided);
         assert!(matches!(answer, Ok(Answer::Now(()))), "memory answers at once");
-        assert!(black_box(&decision).allowed, "there is enough");
+        assert!(black_box(&decided).decision.allowed, "there is enough");
     });
 }
 

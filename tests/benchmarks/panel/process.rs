@@ -36,6 +36,18 @@ namespaces:
       slowest: {token_bucket: {limit: 1000, per: 366d}, max_cells: 10000000}
       # One that has room for a part of the keys that are made up, and never denies.
       flooded: {token_bucket: {limit: 1000, per: 366d, burst: 1000000000000}, max_cells: 1000000}
+      fixed: {fixed_window: {limit: 1000000000, per: 1d}}
+      calendar: {calendar_window: {limit: 1000000000, every: day, time_zone: Europe/Vienna}}
+      sliding: {sliding_window: {limit: 1000000000, per: 1d}}
+      # Nobody releases them: what is measured is also how they expire.
+      permits: {concurrency: {limit: 1000000000, ttl: 100ms}}
+      retries: {retry_budget: {ratio: 20%}}
+      shadow: {token_bucket: {limit: 1000000000, per: 1d}, shadow: true}
+      three:
+        limits:
+          - token_bucket: {limit: 1000000000, per: 1d}
+          - fixed_window: {limit: 1000000000, per: 1d}
+          - sliding_window: {limit: 1000000000, per: 1d}
 ";
 
 /// Where a server keeps its state.

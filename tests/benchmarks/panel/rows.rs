@@ -51,16 +51,26 @@ impl Row {
     }
 }
 
+/// Policies of the other kinds, one that only watches, and one of three limits.
+const OTHERS: [&str; 7] = ["fixed", "calendar", "sliding", "permits", "retries", "shadow", "three"];
+
 /// All rows of one shape, with which they share the rival's.
 fn of_shape(shape: Shape) -> Vec<Row> {
     let row = |engine, policy, keys| Row { shape, engine, policy, keys };
     let rows = |engine| match shape {
-        Shape::Asks(1) => vec![
-            row(engine, "slow", Keys::Hot),
-            row(engine, "slow", Keys::Thousand),
-            row(engine, "slow", Keys::Million),
-            row(engine, "fast", Keys::Hot),
-        ],
+        Shape::Asks(1) => {
+            let mut rows = vec![
+                row(engine, "slow", Keys::Hot),
+                row(engine, "slow", Keys::Thousand),
+                row(engine, "slow", Keys::Million),
+                row(engine, "fast", Keys::Hot),
+            ];
+            // What a kind costs is seen without a disk, and with one that is waited for.
+            if engine != Engine::Relaxed {
+                rows.extend(OTHERS.map(|policy| row(engine, policy, Keys::Thousand)));
+            }
+            rows
+        }
         Shape::Asks(_) | Shape::Batch(_) => vec![row(engine, "slow", Keys::Thousand)],
     };
     Engine::ALL.into_iter().flat_map(rows).collect()
