@@ -213,7 +213,7 @@ pub(crate) fn run(what: What, times: usize) -> Result<()> {
             each(&mut |index, _| {
                 let rule = |(cell, policy)| {
                     let policy = black_box(policy);
-                    Rule { cell, policy, ask: what.ask(), shadow, overflow }
+                    Rule { cell, policy, ask: what.ask(), shadow, overflow, held: false }
                 };
                 let rules: Rules<'_> = policies.iter().enumerate().map(rule).collect();
                 let cells = &mut cells[index * count..(index + 1) * count];
@@ -265,10 +265,12 @@ fn embedded(
         let cell = black_box(&hasher).cell(key);
         let ask = |(index, limiter): (usize, _)| CellAsk {
             cell: cell.of_limit(index),
+            key: cell,
             overflow: overflow.map(|overflow| overflow.of_limit(index)),
             limiter: black_box(limiter),
             ask: Ask::spend(1),
             shadow: false,
+            held: false,
         };
         asks.clear();
         asks.extend(limiters.iter().enumerate().map(ask));
