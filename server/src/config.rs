@@ -415,6 +415,31 @@ mod tests {
     }
 
     #[test]
+    fn the_example_has_every_setting_of_a_policy_and_says_its_default() {
+        let text = include_str!("../../deploy/fusebox.yaml");
+        let example = Config::parse("fusebox.yaml", text).unwrap();
+        let policies: Vec<_> =
+            example.namespaces.values().flat_map(|namespace| namespace.policies.values()).collect();
+        let kinds = policies.iter().flat_map(|policy| &policy.limits).map(LimitSettings::kind);
+        assert_eq!(kinds.collect::<std::collections::BTreeSet<_>>().len(), 6);
+        // What an unknown field is told are all that there are.
+        let unknown = Config::parse("a.yaml", &self::policies("{nothing: 0}")).unwrap_err();
+        let unknown = unknown.to_string();
+        let (_, expected) = unknown.split_once("expected one of ").unwrap();
+        for setting in expected.lines().next().unwrap().split(", ") {
+            let setting = setting.trim().trim_matches('`');
+            assert!(text.contains(&format!(" {setting}:")), "{setting} of {expected}");
+        }
+        let default = Policy::new(policies[0].limits.clone());
+        for policy in policies {
+            assert_eq!(policy.shadow, default.shadow);
+            assert_eq!(policy.max_cells, default.max_cells);
+            assert_eq!(policy.lease_time, default.lease_time);
+            assert_eq!(policy.max_waiting, default.max_waiting);
+        }
+    }
+
+    #[test]
     fn what_is_printed_parses_to_the_same() {
         let text = "drain_timeout: 1m 30s\nstorage: {engine: memory}\n".to_owned()
             + &policies("{token_bucket: {limit: 7, per: 90s}, max_debt: 0}");
