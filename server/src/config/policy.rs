@@ -164,14 +164,18 @@ impl LimitSettings {
     }
 }
 
-/// The same fields, one for each kind of limiter, in several places of a configuration.
+/// The same fields, one for each kind of limiter, in several places of a configuration; in the order that they
+/// are printed in.
 macro_rules! with_kinds {
-    ($(#[$doc:meta])* struct $name:ident { $($(#[$attr:meta])* $field:ident: $type:ty,)* }) => {
-        $(#[$doc])*
+    (
+        struct $name:ident
+        { $($(#[$first_attr:meta])* $first:ident: $first_type:ty,)* }
+        and { $($(#[$attr:meta])* $field:ident: $type:ty,)* }
+    ) => {
         #[derive(Serialize, Deserialize)]
         #[serde(deny_unknown_fields)]
         struct $name {
-            $($(#[$attr])* $field: $type,)*
+            $($(#[$first_attr])* $first: $first_type,)*
             #[serde(skip_serializing_if = "Option::is_none")]
             token_bucket: Option<TokenBucketFields>,
             #[serde(skip_serializing_if = "Option::is_none")]
@@ -184,6 +188,7 @@ macro_rules! with_kinds {
             concurrency: Option<ConcurrencyFields>,
             #[serde(skip_serializing_if = "Option::is_none")]
             retry_budget: Option<RetryBudgetFields>,
+            $($(#[$attr])* $field: $type,)*
         }
 
         impl $name {
@@ -212,7 +217,7 @@ struct Kinds {
 }
 
 with_kinds! {
-    struct PolicyFields {
+    struct PolicyFields {} and {
         #[serde(skip_serializing_if = "Option::is_none")]
         limits: Option<Vec<LimitFields>>,
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -224,6 +229,7 @@ with_kinds! {
         #[serde(skip_serializing_if = "Option::is_none")]
         durability: Option<Durability>,
         max_cells: Option<usize>,
+        #[serde(skip_serializing_if = "Option::is_none")]
         max_debt: Option<u64>,
         #[serde(default, with = "duration::optional")]
         lease_time: Option<Duration>,
@@ -232,7 +238,7 @@ with_kinds! {
 }
 
 with_kinds! {
-    struct LimitFields {}
+    struct LimitFields {} and {}
 }
 
 with_kinds! {
@@ -241,6 +247,7 @@ with_kinds! {
         key: Option<String>,
         #[serde(skip_serializing_if = "Option::is_none")]
         prefix: Option<String>,
+    } and {
         #[serde(skip_serializing_if = "Option::is_none")]
         limits: Option<Vec<LimitFields>>,
     }
