@@ -69,8 +69,10 @@ impl Acquired {
 pub struct Verdict {
     /// Whether this ask alone could be charged.
     pub allowed: bool,
-    /// Why not, if it could not.
+    /// Why not, if it could not; or why it could not have been, if the policy only watches.
     pub reason: Option<Reason>,
+    /// The policy only watches: it never denies.
+    pub shadow: bool,
     /// Most tokens that could ever be granted at once.
     pub limit: Option<u64>,
     /// Tokens left now.
@@ -83,12 +85,20 @@ pub struct Verdict {
     pub expires_in: Option<Duration>,
 }
 
-/// Why an ask was denied.
+/// Why an ask was denied, or would have been.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reason {
     /// The rate is used up.
     RateLimited,
+    /// All permits are held.
+    ConcurrencyLimited,
+    /// The retry budget is spent.
+    RetryBudgetExhausted,
+    /// What is left is kept for callers of a higher priority.
+    ReservedForPriority,
+    /// The key shares a bucket with others, for want of room, and it is used up.
+    OverflowBucket,
     /// The policy denies all.
     Blocked,
     /// One that this client does not know, by its number on the wire.
@@ -118,12 +128,17 @@ impl TryFrom<v1::Verdict> for Verdict {
         let reason = match v1::Reason::try_from(verdict.reason) {
             Ok(v1::Reason::Unspecified) => None,
             Ok(v1::Reason::RateLimited) => Some(Reason::RateLimited),
+            Ok(v1::Reason::ConcurrencyLimited) => Some(Reason::ConcurrencyLimited),
+            Ok(v1::Reason::RetryBudgetExhausted) => Some(Reason::RetryBudgetExhausted),
+            Ok(v1::Reason::ReservedForPriority) => Some(Reason::ReservedForPriority),
+            Ok(v1::Reason::OverflowBucket) => Some(Reason::OverflowBucket),
             Ok(v1::Reason::Blocked) => Some(Reason::Blocked),
             _ => Some(Reason::Other(verdict.reason)),
         };
         Ok(Self {
             allowed: allowed(verdict.decision)?,
             reason,
+            shadow: verdict.shadow,
             limit: verdict.limit,
             remaining: verdict.remaining,
             retry_after: duration(verdict.retry_after)?,

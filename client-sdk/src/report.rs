@@ -15,7 +15,7 @@ impl Outcome {
         Self { grant_id: grant_id.into(), actual_cost: Some(actual_cost) }
     }
 
-    /// The call of this grant cost what was estimated.
+    /// The call of this grant is over: it gives its permits back, and cost what was estimated.
     pub fn as_estimated(grant_id: impl Into<String>) -> Self {
         Self { grant_id: grant_id.into(), actual_cost: None }
     }
