@@ -4,7 +4,7 @@ import time
 from unittest import TestCase
 
 import grpc
-from fusebox import PATIENCE_SECONDS, SERVICE, Client, Server, ServerCase, name
+from fusebox import PATIENCE_SECONDS, ROOT, SERVICE, Client, Server, ServerCase, name
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -63,6 +63,51 @@ class Acquire(ServerCase):
         decisions = [name(response, "decision") for response in batch.responses]
         self.assertEqual(decisions, ["DECISION_ALLOW", "DECISION_DENY", "DECISION_ALLOW"])
         self.assertEqual([r.verdicts[0].remaining for r in batch.responses], [1, 1, 0])
+
+
+class Kinds(TestCase):
+    """The policies that operators copy, one of each kind."""
+
+    def setUp(self):
+        self.server = Server("--config", str(ROOT / "deploy" / "fusebox.yaml"))
+        self.addCleanup(self.server.stop)
+        self.client = Client(self.server.channel)
+
+    def acquire(self, policy: str, **more):
+        asks = [{"policy": policy, "key": "alice"}]
+        return self.client.call("Acquire", {"namespace": "partner", "asks": asks, **more})
+
+    def test_each_kind_answers(self):
+        for policy, limit in [
+            ("quota", 400),  # 500, of which 20% are kept for critical calls
+            ("search", 20),
+            ("exports", 100),
+            ("invoices", 1000),
+            ("database", 64),
+            ("signup", 5),
+        ]:
+            with self.subTest(policy):
+                answer = self.acquire(policy)
+                self.assertEqual(name(answer, "decision"), "DECISION_ALLOW")
+                (verdict,) = answer.verdicts
+                self.assertEqual((verdict.limit, verdict.remaining), (limit, limit - 1))
+        self.assertEqual(name(self.acquire("retries", attempt=1), "decision"), "DECISION_ALLOW")
+
+    def test_a_permit_is_renewed_and_released_once(self):
+        permit = self.acquire("database")
+        self.assertEqual(permit.verdicts[0].expires_in.ToSeconds(), 10)
+        self.assertLessEqual(len(permit.grant_id), 128)
+        report = {"namespace": "partner", "renew_grant_ids": [permit.grant_id]}
+        (renewal,) = self.client.call("Report", report).renewals
+        self.assertEqual(renewal.grant_id, permit.grant_id)
+        self.assertEqual(renewal.expires_in.ToSeconds(), 10)
+        report = {"namespace": "partner", "outcomes": [{"grant_id": permit.grant_id}] * 2}
+        answer = self.client.call("Report", report)
+        results = answer.DESCRIPTOR.fields_by_name["results"].enum_type.values_by_number
+        self.assertEqual(
+            [results[number].name for number in answer.results],
+            ["REPORT_RESULT_APPLIED", "REPORT_RESULT_DUPLICATE"],
+        )
 
 
 class Report(ServerCase):
