@@ -339,7 +339,10 @@ impl WriterThread {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::Receiver;
+    use std::sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc::Receiver,
+    };
 
     use fusebox_core::{Ask, Charging};
     use parking_lot::Mutex;
@@ -356,9 +359,9 @@ mod tests {
         },
     };
 
-    /// A disk that hangs at every sync but the first, which is that of a start, until the test lets it go.
+    /// A disk that hangs once it is told to, until the test lets it go.
     struct Hanging {
-        syncs: usize,
+        hangs: Arc<AtomicBool>,
         let_go: Mutex<Receiver<()>>,
     }
 
@@ -376,8 +379,7 @@ mod tests {
         }
 
         fn sync(&mut self) -> Result<(), JournalError> {
-            self.syncs += 1;
-            if self.syncs > 1 {
+            if self.hangs.load(Ordering::Relaxed) {
                 let _ = self.let_go.lock().recv();
             }
             Ok(())
@@ -395,9 +397,9 @@ mod tests {
     /// A writer with something to write, and what lets its disk go.
     fn writer() -> (Writer, mpsc::Sender<()>) {
         let (go, let_go) = mpsc::channel();
-        let journal = Box::new(|| {
-            Ok(Box::new(Hanging { syncs: 0, let_go: Mutex::new(let_go) }) as Box<dyn Journal>)
-        });
+        let hangs = Arc::new(AtomicBool::new(false));
+        let disk = Hanging { hangs: Arc::clone(&hangs), let_go: Mutex::new(let_go) };
+        let journal = Box::new(|| Ok(Box::new(disk) as Box<dyn Journal>));
         let config = Config::demo().unwrap();
         let recovered = storage::recover(Start {
             journal,
@@ -408,6 +410,7 @@ mod tests {
             entropy: &SystemEntropy,
         });
         let recovered = recovered.unwrap();
+        hangs.store(true, Ordering::Relaxed);
         let policy = recovered.catalogue.namespace("demo").unwrap().policy("signup").unwrap();
         let now = recovered.clock.now();
         let asks: Vec<_> = policy.asks("", Ask::spend(1), Priority::Normal, now).collect();
