@@ -212,7 +212,9 @@ impl Kind for WindowLimit {
         Some(if self.is_over(state, now) {
             now.time_at(self.end(state).min(now.wall)).min(self.held_until(state))
         } else if state.spent == 0 {
-            now.time
+            // Until it has begun it keeps those before it from being granted again.
+            let until_begun = now.time_at(state.start.max(now.wall));
+            until_begun.min(self.held_until(state))
         } else {
             now.time.after(self.until_end(state, now))
         })

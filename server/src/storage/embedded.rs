@@ -140,16 +140,25 @@ impl Embedded {
         self.durable.store(round, Ordering::Release);
     }
 
-    /// What the writer's round of that number carries of one shard, and who waits for it.
+    /// Nothing is decided as of an earlier moment, though the wall clock may have stepped back: cells that were
+    /// full then have left.
+    pub(super) fn begin_at(&self, moment: Moment) {
+        for shard in &self.shards {
+            shard.lock().swept = moment;
+        }
+    }
+
+    /// What the writer's round of that number carries of one shard, and who waits for it. When a full cell last
+    /// left it.
     pub(super) fn take_queued(
         &self,
         shard: usize,
         round: u64,
         changes: &mut Vec<Change>,
         waiting: &mut Vec<Waiter>,
-    ) {
+    ) -> Moment {
         let mut shard = self.shards[shard].lock();
-        let Shard { cells, queued, waiting: here, taken, .. } = &mut *shard;
+        let Shard { cells, queued, waiting: here, taken, swept, .. } = &mut *shard;
         *taken = round;
         waiting.append(here);
         self.queued.fetch_sub(queued.len(), Ordering::Relaxed);
@@ -163,6 +172,7 @@ impl Embedded {
                 }),
             });
         }
+        *swept
     }
 
     /// What the writer's round of that number carries of one shard because it has time.
@@ -600,13 +610,9 @@ impl<'l> Locked<'l> {
         Self { shards }
     }
 
-    /// `now`, or the latest sweep of these shards. A wall clock that was far ahead then was wrong.
+    /// `now`, or the latest sweep of these shards.
     fn not_before_a_sweep(&self, now: Moment) -> Moment {
-        self.shards.iter().fold(now, |now, (_, shard)| {
-            let ahead = Duration::from_nanos(shard.swept.wall.nanos_since(now.wall));
-            let wall = if ahead <= limits::WALL_STEP { shard.swept.wall } else { now.wall };
-            now.max(Moment { wall, ..shard.swept })
-        })
+        self.shards.iter().fold(now, |now, (_, shard)| not_before(now, shard.swept))
     }
 
     /// The shard of a cell, and where it is there.
@@ -686,6 +692,13 @@ impl<'l> Locked<'l> {
         let marked = Marked { mark: limit.mark(state, tokens, now), round: round as u32, step };
         Needs::Mark(marked, round)
     }
+}
+
+/// `now`, or that earlier moment if a clock shows less since. A wall clock that was far ahead then was wrong.
+pub(super) fn not_before(now: Moment, earlier: Moment) -> Moment {
+    let ahead = Duration::from_nanos(earlier.wall.nanos_since(now.wall));
+    let wall = if ahead <= limits::WALL_STEP { earlier.wall } else { now.wall };
+    now.max(Moment { wall, ..earlier })
 }
 
 /// The id is a hash already: one half chooses the shard, the other the place in its table.

@@ -127,7 +127,9 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     if found < witnessed && !accept_loss {
         return Err(RecoveryError::Lost { found, witnessed });
     }
-    let clock = ServerClock::resume(clock, last.map(CommitRecord::at));
+    let latest = last.map(CommitRecord::at);
+    let clock = ServerClock::resume(clock, latest);
+    let latest = latest.unwrap_or_default();
     let mut directory = decode::<Directory>(&meta, DIRECTORY)?.unwrap_or_else(|| Directory {
         format: FORMAT,
         secret: entropy.bytes16().to_vec(),
@@ -152,7 +154,7 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     let limiters =
         merge(stored, (namespaces, durability), &mut directory.next_limiter, clock.now());
     let keeps = journal.keeps();
-    let mut journal = Numbered::new(journal, clock.clone(), found.max(witnessed));
+    let mut journal = Numbered::new(journal, clock.clone(), found.max(witnessed), latest);
     let mut batch = Batch::default();
     batch.put(Keyspace::Meta, DIRECTORY, directory.encode_to_vec());
     // What the last life wrote at its end is exact once.
@@ -175,6 +177,7 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     let retiring: Vec<_> = retiring.map(|(id, known)| (id.clone(), known.number)).collect();
     let catalogue = catalogue(limiters, namespaces, &secret, keeps);
     let (cells, woken) = Embedded::new(limits::CELLS);
+    cells.begin_at(latest);
     let mut revival = Revival {
         catalogue: &catalogue,
         cells: &cells,

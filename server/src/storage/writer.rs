@@ -10,12 +10,12 @@ use std::{
     },
 };
 
-use fusebox_core::Time;
+use fusebox_core::{Moment, Time};
 use prost::Message;
 
 use super::{
     Embedded, OpenGrant, Storage, StorageError,
-    embedded::{Change, Waiter},
+    embedded::{Change, Waiter, not_before},
     journal::{Batch, Journal, JournalError, Keyspace},
     record::{CellRecord, CleanStop, CommitRecord, GrantRecord, grant_key},
 };
@@ -61,12 +61,19 @@ pub(super) struct Numbered {
     journal: Box<dyn Journal>,
     clock: ServerClock,
     commit: u64,
+    /// What a commit's moment is not before: cells that were full then may have left.
+    latest: Moment,
 }
 
 impl Numbered {
-    /// Goes on after the commit of that number.
-    pub(super) fn new(journal: Box<dyn Journal>, clock: ServerClock, commit: u64) -> Self {
-        Self { journal, clock, commit }
+    /// Goes on after the commit of that number and moment.
+    pub(super) fn new(
+        journal: Box<dyn Journal>,
+        clock: ServerClock,
+        commit: u64,
+        latest: Moment,
+    ) -> Self {
+        Self { journal, clock, commit, latest }
     }
 
     /// The journal, to be read.
@@ -76,7 +83,8 @@ impl Numbered {
 
     pub(super) fn commit(&mut self, mut batch: Batch) -> Result<(), JournalError> {
         self.commit += 1;
-        let record = CommitRecord::of(self.commit, self.clock.now());
+        self.latest = not_before(self.clock.now(), self.latest);
+        let record = CommitRecord::of(self.commit, self.latest);
         batch.put(Keyspace::Meta, COMMIT, record.encode_to_vec());
         self.journal.commit(batch)
     }
@@ -228,9 +236,13 @@ impl Writer {
         }
         let round = self.round + 1;
         let mut changes = Vec::new();
+        let now = self.journal.clock.now();
+        let mut latest = not_before(now, self.journal.latest);
         for shard in 0..self.cells.shards() {
-            self.cells.take_queued(shard, round, &mut changes, &mut self.waiting);
+            let swept = self.cells.take_queued(shard, round, &mut changes, &mut self.waiting);
+            latest = latest.max(not_before(now, swept));
         }
+        self.journal.latest = latest;
         let slice = changes.len() + limits::WRITER_SLICE;
         while changes.len() < slice
             && let Some(shard) = self.behind.next()
