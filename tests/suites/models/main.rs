@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod kinds;
 mod leases;
 mod marks;
 mod search;
