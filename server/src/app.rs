@@ -1,5 +1,7 @@
 //! What callers can do: the server without its transport.
 
+pub mod admin;
+mod clients;
 pub mod events;
 mod grants;
 mod lessees;
@@ -20,6 +22,7 @@ use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use self::{
+    admin::Desk,
     grants::{Due, Grant, Owner, Part},
     lessees::Lessees,
 };
@@ -38,7 +41,8 @@ use crate::{
     limits,
     reservation::Reservation,
     storage::{
-        Answer, CellAsk, Charge, Decided, Holds, OpenGrant, OpenPart, Room, Storage, StorageError,
+        Answer, CellAsk, Charge, Charged, Decided, Holds, OpenGrant, OpenPart, Operations, Room,
+        Storage, StorageError,
     },
 };
 
@@ -221,6 +225,7 @@ pub struct App {
     clock: ServerClock,
     entropy: Arc<dyn Entropy>,
     reports: Reports,
+    desk: Desk,
 }
 
 /// What tells one life of an app from others.
@@ -233,6 +238,8 @@ pub struct Life {
     pub open: Vec<OpenGrant>,
     /// Cancelled when its end begins: nobody waits in line any longer.
     pub draining: CancellationToken,
+    /// What operators wrote and did.
+    pub operations: Operations,
 }
 
 impl App {
@@ -257,6 +264,7 @@ impl App {
             let owner = Owner { principal: Principal::Anonymous, namespace };
             grants.restore(id, Grant { owner, client: client.into(), parts });
         }
+        let desk = Desk::new(life.operations, life.boot, clock.time());
         Self {
             catalogue: ArcSwap::from_pointee(catalogue),
             storage,
@@ -267,6 +275,7 @@ impl App {
             clock,
             entropy,
             reports: Reports::default(),
+            desk,
         }
     }
 
@@ -343,6 +352,7 @@ impl App {
             || counts == Counts::IfAllowed && acquired.decided.decision.allowed
         {
             resolved.count(&acquired.decided);
+            self.watch(&resolved, &acquired.decided.charged, caller.now.time);
         }
         Ok(answer)
     }
@@ -401,6 +411,7 @@ impl App {
             let answer = self.decide(caller, resolved, room, Some(&mut grants), &mut acquired);
             let answer = answer.map_err(|error| in_entry(entry, error.into()))?;
             resolved.count(&acquired.decided);
+            self.watch(&resolved, &acquired.decided.charged, caller.now.time);
             answers.push(answer.map(|()| tell(&acquired)));
         }
         Ok(answers)
@@ -418,6 +429,7 @@ impl App {
             self.settle(&due, now)?;
         }
         self.lessees.tend(now.time);
+        self.tend_desk(now);
         Ok(())
     }
 
@@ -486,6 +498,23 @@ impl App {
         }
     }
 
+    /// Notes what operators want to see: who asks, for which keys, and the names of new ones.
+    fn watch(&self, resolved: &Resolved<'_>, charged: &[Charged], now: Time) {
+        let mut start = 0;
+        for (ask, end) in resolved.asks.iter().zip(resolved.ends()) {
+            if let (Some(rule), Some(charged)) = (resolved.rules.get(start), charged.get(start)) {
+                ask.policy.top_keys.record(ask.key, ask.weight, top_keys::draw(rule.cell, now));
+                if charged.is_new && charged.cell == rule.cell {
+                    ask.policy.names.add(ask.key, rule.cell);
+                }
+            }
+            start = end;
+        }
+        if let (Some(client), Some(ask)) = (resolved.client, resolved.asks.first()) {
+            self.desk.clients.see(&ask.policy.namespace, client, now);
+        }
+    }
+
     /// Tells a cell what is known now of what was charged.
     fn settle(&self, due: &Due, now: Moment) -> Result<Answer<()>, StorageError> {
         // The limiter as it is now: its settings may have changed since the grant.
@@ -533,6 +562,10 @@ struct Named<'a> {
     rules: usize,
     /// It is no peek, so it counts.
     counts: bool,
+    /// Which bucket.
+    key: &'a str,
+    /// Tokens asked for.
+    weight: u64,
 }
 
 /// An Acquire whose names are found: its asks, and the rules that judge them in a row.
@@ -668,7 +701,7 @@ enum Counts {
 
 impl<'n> Asker<'_, 'n> {
     /// The asks of an entry and the rules that judge them.
-    fn resolve<'a>(
+    fn resolve<'a: 'n>(
         &self,
         entry: Entry<impl IntoIterator<Item = Ask<'a>>>,
         mut named: impl FnMut(Named<'n>),
@@ -700,7 +733,8 @@ impl<'n> Asker<'_, 'n> {
                     rules += 1;
                 }
             }
-            named(Named { policy, rules, counts: ask.cost > 0 || ask.lease > 0 });
+            let weight = ask.cost.saturating_add(ask.lease);
+            named(Named { policy, rules, counts: weight > 0, key: ask.key, weight });
         }
         Ok(())
     }

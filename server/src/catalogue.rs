@@ -2,6 +2,8 @@
 
 mod almanac;
 mod budget;
+mod names;
+pub mod registry;
 
 use std::{fmt, hash::Hasher, sync::Arc, time::Duration};
 
@@ -10,16 +12,16 @@ use fusebox_core::{Ask, Kind, Limit, Moment, Purpose, Window};
 use hashbrown::HashMap;
 use siphasher::sip128::{Hash128, Hasher128, SipHasher24};
 
-pub use self::{almanac::Almanac, budget::Budget};
+pub use self::{almanac::Almanac, budget::Budget, names::Names};
 use crate::{
-    app::Priority,
+    app::{Priority, top_keys::TopKeys},
     counters::Decisions,
     limits,
     storage::{CellAsk, Keeping},
 };
 
 /// All policies at one moment.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Catalogue {
     /// Counts the snapshots of this run.
     pub revision: u64,
@@ -29,7 +31,7 @@ pub struct Catalogue {
 }
 
 /// The policies of one tenant, by name.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Namespace {
     policies: HashMap<Box<str>, Arc<Policy>>,
 }
@@ -59,6 +61,10 @@ pub struct Policy {
     pub budget: Arc<Budget>,
     /// Counts its decisions; outlives the snapshot.
     pub decisions: Arc<Decisions>,
+    /// The keys that are asked for most; outlives the snapshot.
+    pub top_keys: Arc<TopKeys>,
+    /// The keys of its cells; outlives the snapshot.
+    pub names: Arc<Names>,
 }
 
 /// The limits that judge a key together, and where it is counted once the policy has too many keys.
@@ -127,17 +133,43 @@ impl Catalogue {
     ) -> Self {
         let mut catalogue = Self { revision, ..Self::default() };
         for policy in policies {
-            for limiter in policy.limiters() {
-                catalogue.numbered.insert(limiter.number, Arc::clone(limiter));
-            }
-            let namespace = policy.namespace.as_ref().into();
-            let namespace = catalogue.namespaces.entry(namespace).or_default();
-            namespace.policies.insert(policy.name.as_ref().into(), Arc::new(policy));
+            catalogue.insert(Arc::new(policy));
         }
         for limiter in retired {
             catalogue.numbered.entry(limiter.number).or_insert(limiter);
         }
         catalogue
+    }
+
+    /// The next snapshot, in which that policy stands instead of one of its name. Limiters that only that one
+    /// had stay known, for the cells that they count.
+    #[must_use]
+    pub fn with(&self, policy: Arc<Policy>) -> Self {
+        let mut next = Self { revision: self.revision + 1, ..self.clone() };
+        next.insert(policy);
+        next
+    }
+
+    /// The next snapshot, in which there is no policy of that name. Its limiters stay known, for the cells that
+    /// they count.
+    #[must_use]
+    pub fn without(&self, name: &PolicyName) -> Self {
+        let mut next = Self { revision: self.revision + 1, ..self.clone() };
+        if let Some(namespace) = next.namespaces.get_mut(&*name.namespace) {
+            namespace.policies.remove(&*name.policy);
+            if namespace.policies.is_empty() {
+                next.namespaces.remove(&*name.namespace);
+            }
+        }
+        next
+    }
+
+    fn insert(&mut self, policy: Arc<Policy>) {
+        for limiter in policy.limiters() {
+            self.numbered.insert(limiter.number, Arc::clone(limiter));
+        }
+        let namespace = self.namespaces.entry(policy.namespace.as_ref().into()).or_default();
+        namespace.policies.insert(policy.name.as_ref().into(), policy);
     }
 
     /// The namespace of that name.

@@ -1,5 +1,6 @@
 //! The configuration: parsed once, at the edge, into what cannot be wrong.
 
+mod difference;
 mod policy;
 
 use std::{
@@ -16,7 +17,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_saphyr::{DefaultMessageFormatter, MessageFormatter};
 use thiserror::Error;
 
-pub use self::policy::{Keys, LimitSettings, Override, Policy};
+pub use self::{
+    difference::{Difference, difference},
+    policy::{Keys, LimitSettings, Override, Policy},
+};
 use crate::limits;
 
 /// Policies by namespace.

@@ -274,3 +274,48 @@ pub const MAX_WAIT: Duration = Duration::from_secs(60);
 /// Longest pause between two attempts of the head of a line: what comes back is told at once, but where keys
 /// share a cell it may be told to another line.
 pub const LINE_LOOKS: Duration = Duration::from_secs(1);
+
+/// Keys that are known as text, of all policies: about 150 MB. Buckets past it are counted, but not listed.
+pub const NAMES: usize = 1_000_000;
+
+/// Shards of the keys of one policy: many new keys at once rarely want the same lock.
+pub const NAME_SHARDS: usize = 16;
+
+/// Keys that housekeeping looks at under one lock, to forget those whose cell is gone.
+pub const NAMES_PRUNED_AT_ONCE: usize = 256;
+
+/// Keys that housekeeping looks at in one round, at most: a million in half a minute.
+pub const NAMES_PRUNED_PER_ROUND: usize = 2_048;
+
+/// Changes that wait to be written: they are made one at a time, so more than a few is a mistake.
+pub const NOTES: usize = 64;
+
+/// Clients that are remembered, and those of one shard: about 40 MB. New ones past it are not listed until
+/// others have been silent for a while.
+pub const CLIENTS: usize = 100_000;
+/// See [`CLIENTS`].
+pub const CLIENT_SHARDS: usize = 64;
+
+/// Time that a client is remembered without a call.
+pub const CLIENT_SILENCE: Duration = Duration::from_secs(600);
+
+/// Pause between two looks at which of them were silent for that long.
+pub const CLIENTS_TENDED: Duration = Duration::from_secs(10);
+
+/// Entries of one page of a list, at most, and where the request does not say.
+pub const PAGE_MOST: usize = 1_000;
+/// See [`PAGE_MOST`].
+pub const PAGE: usize = 100;
+
+/// Bytes of what says where a page begins: a key and some more.
+pub const PAGE_TOKEN_BYTES: usize = 512;
+
+/// Top keys told where the request does not say.
+pub const TOP_KEYS_TOLD: usize = 10;
+
+/// Open grants of one client that are told one by one.
+pub const GRANTS_TOLD: usize = 1_000;
+
+/// Limiters that are known, of all policies and of those that were: about 100 MB. One that no policy has any
+/// more is forgotten at the next start at which nothing is counted by it.
+pub const LIMITERS: usize = 200_000;

@@ -135,8 +135,17 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
         ops.close(Duration::ZERO).await;
         return recovered.map(|_| ());
     };
-    let storage::Recovered { catalogue, cells, grants, writer, clock, boot, secret, clean } =
-        recovered;
+    let storage::Recovered {
+        catalogue,
+        cells,
+        grants,
+        operations,
+        writer,
+        clock,
+        boot,
+        secret,
+        clean,
+    } = recovered;
     if !clean {
         tracing::warn!(
             "the last stop was not clean: keys of policies that fill within {:?} start empty",
@@ -157,7 +166,7 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
         Arc::clone(&cells) as Arc<_>,
         clock,
         parts.entropy,
-        Life { boot, secret, open: grants, draining: grpc.stop.clone() },
+        Life { boot, secret, open: grants, operations, draining: grpc.stop.clone() },
     ));
     let writer = WriterThread::spawn(writer).map_err(internal)?;
     lifecycle.recovered(Arc::clone(&app), disk);

@@ -5,19 +5,22 @@
 
 mod embedded;
 pub mod journal;
-mod record;
+pub(crate) mod record;
 mod recovery;
 mod table;
 mod writer;
+
+use std::collections::HashSet;
 
 use arrayvec::ArrayVec;
 use fusebox_core::{Ask, Cell, Charging, Decision, MAX_RULES, Moment, Settled, Time};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
+use self::journal::Write;
 pub use self::{
     embedded::Embedded,
-    recovery::{Recovered, RecoveryError, Start, recover},
+    recovery::{Operations, Recovered, RecoveryError, Start, recover},
     writer::{Left, Writer},
 };
 use crate::{
@@ -67,6 +70,23 @@ pub trait Storage: Send + Sync + 'static {
 
     /// The cell, in the terms of the limiter, if it is there.
     fn look(&self, cell: CellId, judge: Judge<'_>, now: Moment) -> Option<Cell>;
+
+    /// Writes records that are no cell's, all of them or none; when they are on disk is in the answer.
+    ///
+    /// # Errors
+    /// If they cannot be queued.
+    fn note(&self, writes: Vec<Write>) -> Result<Answer<()>, StorageError>;
+
+    /// Writes down some cells of limiters that were not kept on disk so far; `None` if none is left in that
+    /// part of all cells. There are [`CELL_SHARDS`](crate::limits::CELL_SHARDS) of them.
+    ///
+    /// # Errors
+    /// If nothing is written any more.
+    fn write_down(
+        &self,
+        part: usize,
+        limiters: &HashSet<LimiterNumber>,
+    ) -> Result<Option<Answer<()>>, StorageError>;
 
     /// Makes sure of room for all marks that `asks` may queue, so that none fails for want of it.
     ///
@@ -187,6 +207,8 @@ pub struct Charged {
     pub cell: CellId,
     /// The part of its time.
     pub slice: u64,
+    /// It is charged for the first time in this life.
+    pub is_new: bool,
 }
 
 /// The limiter that a cell is held against, and where to find the one that it was counted by.
@@ -268,6 +290,9 @@ pub enum StorageError {
     /// No room for another mark in the queue of the disk.
     #[error("{0} charges wait for the disk, as many as this server holds; try again soon")]
     Behind(usize),
+    /// No room for another note.
+    #[error("{0} changes wait for the disk, as many as this server holds; try again soon")]
+    Noted(usize),
     /// A write failed, and that is final.
     #[error("the storage failed, and nothing is admitted until a restart: {0}")]
     Failed(std::sync::Arc<str>),

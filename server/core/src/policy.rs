@@ -98,6 +98,16 @@ impl Policy {
         Cell { revision: self.revision, state }
     }
 
+    /// `cell` as these settings can know it where they are not the latest any more: of one that was counted in
+    /// later ones, what was spent stays spent, and nothing is refilled.
+    #[must_use]
+    pub fn overtaken(&self, cell: Cell, now: Moment) -> Cell {
+        if cell.revision <= self.revision {
+            return cell;
+        }
+        Cell { revision: self.revision, state: self.limit.rebase(cell.state, None, now) }
+    }
+
     /// Whether what was charged in that revision can still be given back: a cell that was of another kind
     /// since knows nothing of it.
     #[must_use]

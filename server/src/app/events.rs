@@ -6,7 +6,13 @@ use fusebox_core::saturating_nanos;
 use parking_lot::Mutex;
 use prost::Message;
 
-use crate::limits;
+use crate::{
+    limits,
+    storage::journal::{Keyspace, Write},
+};
+
+/// Who changes what the configuration file says.
+pub const FILE: &str = "file";
 
 /// What a text ends with that was cut.
 const CUT: &str = "…";
@@ -129,6 +135,16 @@ impl Events {
         Appended { event, evicted: evicted.flatten().map(|event| event.number) }
     }
 
+    /// Events that are remembered.
+    pub fn len(&self) -> usize {
+        self.ring.lock().events.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// The latest `count` events that the filter lets through, newest first; only those with a number below
     /// `before`, if one is given.
     pub fn list(&self, before: Option<u64>, count: usize, filter: Filter<'_>) -> Vec<Arc<Event>> {
@@ -214,6 +230,17 @@ impl EventRecord {
         let change = Change { actor, action, namespace, policy, key, reason, before, after };
         Some(Event { number, at: Duration::from_nanos(self.at_nanos), change: change.cut() })
     }
+}
+
+/// What is to be written for an event.
+pub fn write(event: &Event) -> Write {
+    let value = Some(EventRecord::of(event).encode_to_vec());
+    Write { keyspace: Keyspace::Events, key: event_key(event.number).to_vec(), value }
+}
+
+/// What is to be written for the event of that number to be gone.
+pub fn deletion(number: u64) -> Write {
+    Write { keyspace: Keyspace::Events, key: event_key(number).to_vec(), value: None }
 }
 
 /// The key of an event: in the order of the events.

@@ -1,5 +1,7 @@
 //! Grants: what allowed Acquires may still owe.
 
+mod holdings;
+
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     fmt,

@@ -80,6 +80,9 @@ impl App {
         if self.catalogue.load().namespace(&namespace).is_none() {
             return Err(ReportError::UnknownNamespace(report.namespace.to_owned()));
         }
+        if let Some(client) = report.client {
+            self.desk.clients.see(&namespace, client, caller.now.time);
+        }
         let owner = Owner { principal: caller.principal, namespace };
         // All are settled at once, so that a caller that goes away leaves none behind; then all are waited for.
         let mut answers = Vec::new();

@@ -1,6 +1,6 @@
 //! A policy as operators write it.
 
-use std::{collections::HashSet, fmt, time::Duration};
+use std::{collections::HashSet, fmt, str::FromStr, time::Duration};
 
 use fusebox_core::{
     Concurrency, Kind, Limit, RetryBudget, SlidingWindow, TokenBucket, WindowLimit, window::Period,
@@ -86,8 +86,11 @@ impl Policy {
         self.max_debt.unwrap_or_else(|| limit.capacity())
     }
 
-    /// What is wrong with the settings together; `Err` names the field.
-    fn check(&self) -> Result<(), String> {
+    /// What is wrong with the settings together.
+    ///
+    /// # Errors
+    /// If something is; the message names the field.
+    pub fn check(&self) -> Result<(), String> {
         if self.max_debt.is_some_and(|debt| debt > limits::TOKENS) {
             return Err("`max_debt` is above 10^12".into());
         }
@@ -131,6 +134,21 @@ impl Policy {
             }
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Policy {
+    /// As YAML that parses to the same policy.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&serde_saphyr::to_string(self).map_err(|_| fmt::Error)?)
+    }
+}
+
+impl FromStr for Policy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        serde_saphyr::from_str(text).map_err(|error| error.to_string())
     }
 }
 

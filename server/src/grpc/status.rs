@@ -102,7 +102,9 @@ pub(super) fn report(error: &ReportError) -> Status {
 
 fn storage(error: &StorageError) -> Status {
     match error {
-        StorageError::Behind(_) => Status::resource_exhausted(error.to_string()),
+        StorageError::Behind(_) | StorageError::Noted(_) => {
+            Status::resource_exhausted(error.to_string())
+        }
         StorageError::Failed(_) | StorageError::Stopping => Status::unavailable(error.to_string()),
     }
 }

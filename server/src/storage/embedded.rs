@@ -1,6 +1,7 @@
 //! Cells in memory, in shards, and what is queued of them for the disk.
 
 use std::{
+    collections::HashSet,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -18,6 +19,7 @@ use tokio::sync::oneshot;
 use super::{
     Answer, CellAsk, Charge, Charged, Decided, Durable, Judge, Keeping, Room, Settlement, Storage,
     StorageError,
+    journal::Write,
     table::{Entry, Lagging, Marked, Table},
 };
 use crate::{
@@ -36,6 +38,8 @@ pub struct Embedded {
     queued: Arc<AtomicUsize>,
     /// The last round of the writer that is on disk.
     durable: AtomicU64,
+    /// Records of no cell that wait for the writer.
+    notes: Mutex<Vec<Note>>,
     /// Wakes the writer; one waiting word is enough.
     wake: SyncSender<()>,
     /// The shard that housekeeping is at.
@@ -68,6 +72,12 @@ pub(super) struct Waiter {
     pub(super) told: oneshot::Sender<Result<(), StorageError>>,
 }
 
+/// Records that are written together, and who waits for them.
+pub(super) struct Note {
+    pub(super) writes: Vec<Write>,
+    pub(super) told: oneshot::Sender<Result<(), StorageError>>,
+}
+
 /// What is to be on disk of a cell that is there.
 pub(super) struct Kept {
     pub(super) number: LimiterNumber,
@@ -97,6 +107,7 @@ impl Embedded {
             capacity,
             queued: Arc::default(),
             durable: AtomicU64::new(0),
+            notes: Mutex::default(),
             wake,
             tended: AtomicUsize::new(0),
             over: OnceLock::new(),
@@ -132,7 +143,15 @@ impl Embedded {
                     let _ = waiter.told.send(Err(why.clone()));
                 }
             }
+            for note in self.take_notes() {
+                let _ = note.told.send(Err(why.clone()));
+            }
         }
+    }
+
+    /// The records of no cell that wait.
+    pub(super) fn take_notes(&self) -> Vec<Note> {
+        std::mem::take(&mut *self.notes.lock())
     }
 
     /// Everything up to this round of the writer is on disk.
@@ -384,6 +403,7 @@ impl Storage for Embedded {
             charged.extend(rules.iter().zip(&decision.verdicts).map(|(rule, verdict)| Charged {
                 cell: found[rule.cell].id,
                 slice: verdict.slice,
+                is_new: false,
             }));
             let mut changes = Changes::new();
             for (found, after) in found.iter().zip(&cells) {
@@ -392,6 +412,12 @@ impl Storage for Embedded {
                 }
             }
             let durable = self.write(&mut locked, &changes, room, now)?;
+            for change in &changes {
+                if !locked.see(change) {
+                    let new = charged.iter_mut().find(|charged| charged.cell == change.id);
+                    new.into_iter().for_each(|charged| charged.is_new = true);
+                }
+            }
             return Ok(Answer::new((), durable));
         }
     }
@@ -445,6 +471,47 @@ impl Storage for Embedded {
             locked.lower(&found);
         }
         Ok(Answer::new(true, durable))
+    }
+
+    fn note(&self, writes: Vec<Write>) -> Result<Answer<()>, StorageError> {
+        let (told, durable) = oneshot::channel();
+        let mut notes = self.notes.lock();
+        // Under the lock: whoever says that it is over looks at the notes after that.
+        self.check_alive()?;
+        if notes.len() >= limits::NOTES {
+            return Err(StorageError::Noted(limits::NOTES));
+        }
+        notes.push(Note { writes, told });
+        drop(notes);
+        let _ = self.wake.try_send(());
+        Ok(Answer::Later((), durable))
+    }
+
+    fn write_down(
+        &self,
+        part: usize,
+        limiters: &HashSet<LimiterNumber>,
+    ) -> Result<Option<Answer<()>>, StorageError> {
+        let mut shard = self.shards[part].lock();
+        self.check_alive()?;
+        let Shard { cells, queued, waiting, taken, .. } = &mut *shard;
+        let before = queued.len();
+        let left = cells.iter_mut().filter(|entry| {
+            limiters.contains(&entry.number) && !entry.is_on_disk() && !entry.queued
+        });
+        for entry in left.take(limits::WRITER_SLICE) {
+            entry.set_on_disk(true);
+            entry.queued = true;
+            queued.push(entry.id);
+        }
+        if queued.len() == before {
+            return Ok(None);
+        }
+        self.queued.fetch_add(queued.len() - before, Ordering::Relaxed);
+        let (told, durable) = oneshot::channel();
+        waiting.push(Waiter { round: *taken + 1, told });
+        let _ = self.wake.try_send(());
+        Ok(Some(Answer::Later((), durable)))
     }
 
     fn look(&self, id: CellId, judge: Judge<'_>, now: Moment) -> Option<Cell> {
@@ -644,11 +711,21 @@ impl<'l> Locked<'l> {
             let other = (entry.number != limiter.number).then(|| catalogue.numbered(entry.number));
             match other.flatten() {
                 Some(other) => limiter.settings.adopted(entry.cell(), &other.settings, now),
-                None => entry.cell(),
+                // Who looked the policy up a moment before it changed does not know what the cell is in now.
+                None => limiter.settings.overtaken(entry.cell(), now),
             }
         });
         let is_overflow = entry.is_some_and(Entry::is_overflow);
         Found { id, limiter, shard, place, is_overflow, cell }
+    }
+
+    /// Notes that a cell is charged in this life; whether it was before.
+    fn see(&mut self, change: &Changed<'_>) -> bool {
+        let cells = &mut self.shards[change.shard].1.cells;
+        match change.place {
+            Some(place) => cells.get_mut(place).see(),
+            None => cells.find_mut(change.id).is_some_and(Entry::see),
+        }
     }
 
     /// Has the mark of a cell lowered when the writer has time: a crash must not take what came back.

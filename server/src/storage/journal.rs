@@ -82,17 +82,22 @@ pub type OpenJournal = Box<dyn FnOnce() -> Result<Box<dyn Journal>, JournalError
 pub enum Keyspace {
     /// The data directory itself.
     Meta = 0,
-    /// Policies by name.
+    /// Limiters by name.
     Policies = 1,
     /// Cells by id.
     Cells = 2,
     /// Grants by id, written by a clean stop.
     Grants = 3,
+    /// What operators wrote of each policy, by name.
+    Made = 4,
+    /// The audit trail, by number.
+    Events = 5,
 }
 
 impl Keyspace {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Meta, Self::Policies, Self::Cells, Self::Grants];
+    pub const ALL: [Self; 6] =
+        [Self::Meta, Self::Policies, Self::Cells, Self::Grants, Self::Made, Self::Events];
 }
 
 /// Writes that are applied together.

@@ -16,22 +16,46 @@ use crate::{
 };
 
 /// Version of these records and their keys. A data directory of another version is not opened.
-pub(super) const FORMAT: u32 = 2;
+pub(crate) const FORMAT: u32 = 2;
 
 /// Facts of the data directory itself: one record.
 #[derive(Clone, PartialEq, Message)]
-pub(super) struct Directory {
+pub(crate) struct Directory {
     #[prost(uint32, tag = "1")]
-    pub(super) format: u32,
+    pub(crate) format: u32,
     /// Key of the hash that names cells.
     #[prost(bytes = "vec", tag = "2")]
-    pub(super) secret: Vec<u8>,
+    pub(crate) secret: Vec<u8>,
     /// Number of the latest start.
     #[prost(uint64, tag = "3")]
-    pub(super) boot: u64,
+    pub(crate) boot: u64,
     /// Number that the next limiter gets.
     #[prost(uint32, tag = "4")]
-    pub(super) next_limiter: u32,
+    pub(crate) next_limiter: u32,
+    /// Version that the next change of a policy gets.
+    #[prost(uint64, tag = "5")]
+    pub(crate) next_version: u64,
+}
+
+/// What an operator wrote of a policy.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct PolicyRecord {
+    #[prost(string, tag = "1")]
+    pub(crate) namespace: String,
+    #[prost(string, tag = "2")]
+    pub(crate) name: String,
+    /// As a configuration file would have it.
+    #[prost(string, tag = "3")]
+    pub(crate) settings: String,
+    #[prost(uint64, tag = "4")]
+    pub(crate) version: u64,
+    #[prost(uint64, tag = "5")]
+    pub(crate) created_nanos: u64,
+    #[prost(uint64, tag = "6")]
+    pub(crate) updated_nanos: u64,
+    /// The Admin service manages it, and no file.
+    #[prost(bool, tag = "7")]
+    pub(crate) made: bool,
 }
 
 /// The last commit: its number, and its moment on both clocks. Part of every commit.
@@ -90,13 +114,13 @@ struct PartRecord {
 
 /// A limiter: what its cells call it, and the settings they were counted in.
 #[derive(Clone, PartialEq, Message)]
-pub(super) struct LimiterRecord {
+pub(crate) struct LimiterRecord {
     #[prost(string, tag = "1")]
-    pub(super) namespace: String,
+    pub(crate) namespace: String,
     #[prost(string, tag = "2")]
-    pub(super) name: String,
+    pub(crate) name: String,
     #[prost(uint32, tag = "3")]
-    pub(super) number: u32,
+    pub(crate) number: u32,
     #[prost(uint32, tag = "4")]
     revision: u32,
     #[prost(message, optional, tag = "5")]
@@ -107,17 +131,17 @@ pub(super) struct LimiterRecord {
     formers: Vec<FormerRecord>,
     /// Its cells are not written while they live.
     #[prost(bool, tag = "8")]
-    pub(super) fast: bool,
+    pub(crate) fast: bool,
     /// What a cell that is not there is, if not full.
     #[prost(message, optional, tag = "9")]
     absent: Option<CellRecord>,
     /// Which keys of the policy it is for: all that no override names if empty, one if it begins with `=`,
     /// those of a prefix if with `^`.
     #[prost(string, tag = "10")]
-    pub(super) keys: String,
+    pub(crate) keys: String,
     /// Which of several limits on a key.
     #[prost(uint32, tag = "11")]
-    pub(super) index: u32,
+    pub(crate) index: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -276,7 +300,7 @@ impl CommitRecord {
 }
 
 impl LimiterRecord {
-    pub(super) fn of(
+    pub(crate) fn of(
         (namespace, name): (&str, &str),
         (keys, index): (&str, u32),
         number: LimiterNumber,
@@ -301,7 +325,7 @@ impl LimiterRecord {
     }
 
     /// The policy; `None` if the record makes no sense.
-    pub(super) fn policy(&self) -> Option<Policy> {
+    pub(crate) fn policy(&self) -> Option<Policy> {
         if self.formers.len() > MAX_FORMERS {
             return None;
         }

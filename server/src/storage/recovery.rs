@@ -4,36 +4,34 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
+    time::Duration,
 };
 
-use arrayvec::ArrayVec;
-use fusebox_core::{Cell, Kind, Limit, Moment};
+use fusebox_core::{Cell, Kind, Moment};
 use prost::Message;
 use thiserror::Error;
 
 use super::{
     Embedded, Keeping, OpenGrant, Writer,
     embedded::Kept,
-    journal::{Batch, Journal, JournalError, Keyspace, OpenJournal},
+    journal::{Batch, Journal, JournalError, Keyspace, OpenJournal, Write},
     record::{
         CellRecord, CleanStop, CommitRecord, Directory, FORMAT, GrantRecord, LimiterRecord,
-        grant_of_key,
+        PolicyRecord, grant_of_key,
     },
     writer::{CLEAN_STOP, COMMIT, Numbered},
 };
 use crate::{
+    app::events::{self, Action, Appended, Event, EventRecord, Events, event_of_key},
     catalogue::{
-        Almanac, Budget, Catalogue, CellHasher, CellId, Limiter, LimiterNumber, Overrides, Policy,
-        PolicyName, Rules,
+        Catalogue, CellId, LimiterNumber, PolicyName,
+        registry::{Configured, DIRECTORY, Edit, Known, Limiters, Misfit, Registry},
     },
     clock::{Clock, ServerClock},
-    config::{self, Durability, Keys, LimitSettings, Namespaces},
+    config::{self, Durability, Namespaces},
     entropy::Entropy,
     limits,
 };
-
-/// Key of the record of the directory itself.
-const DIRECTORY: &[u8] = b"directory";
 
 /// What a start begins with.
 pub struct Start<'a> {
@@ -59,6 +57,8 @@ pub struct Recovered {
     pub cells: Arc<Embedded>,
     /// Grants that the last life left open.
     pub grants: Vec<OpenGrant>,
+    /// What operators wrote and did.
+    pub operations: Operations,
     /// Follows the cells on disk.
     pub writer: Writer,
     /// Goes on where the last life stopped.
@@ -69,6 +69,14 @@ pub struct Recovered {
     pub secret: [u8; 16],
     /// The last life ended as it should, or there was none.
     pub clean: bool,
+}
+
+/// What operators wrote and did.
+pub struct Operations {
+    /// The policies as they are written.
+    pub registry: Registry,
+    /// The audit trail.
+    pub events: Events,
 }
 
 /// Why a start must not be.
@@ -97,6 +105,42 @@ pub enum RecoveryError {
         /// The last one that is known to have been.
         witnessed: u64,
     },
+    /// Two policies of one name.
+    #[error(
+        "`namespaces.{namespace}.policies.{policy}` of the configuration and the policy \
+         `{namespace}/{policy}` of the data directory, made by PutPolicy as version {version}, have one name: \
+         remove the first from the configuration; or start without it, end the second with DeletePolicy, and \
+         put the first back"
+    )]
+    MadeToo {
+        /// Their namespace.
+        namespace: Arc<str>,
+        /// Their name.
+        policy: Arc<str>,
+        /// The version of the one in the data directory.
+        version: u64,
+    },
+    /// More than a server holds.
+    #[error(
+        "{count} policies, with those of the data directory that PutPolicy made, and a server holds at most \
+         {}; remove some from the configuration",
+        limits::POLICIES
+    )]
+    TooManyPolicies {
+        /// How many.
+        count: usize,
+    },
+}
+
+impl From<Misfit> for RecoveryError {
+    fn from(misfit: Misfit) -> Self {
+        match misfit {
+            Misfit::MadeToo { name, version } => {
+                Self::MadeToo { namespace: name.namespace, policy: name.policy, version }
+            }
+            Misfit::TooMany { count } => Self::TooManyPolicies { count },
+        }
+    }
 }
 
 /// Recovers cells and policies, and writes the number of this start before any answer.
@@ -146,36 +190,34 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     let believed = |boot: &u64| *boot == last_boot && !accept_loss;
     let exact_of = clean_stop.map(|stop| stop.boot).filter(believed);
     let clean = exact_of.is_some() || last.is_none();
-    directory.boot = wall_seconds.max(last_boot.saturating_add(1));
+    let boot = wall_seconds.max(last_boot.saturating_add(1));
+    directory.boot = boot;
 
-    let stored = stored_limiters(&*journal, clean, clock.now())?;
-    let highest = stored.values().map(|known| known.number.0).max();
-    directory.next_limiter = directory.next_limiter.max(highest.map_or(0, |number| number + 1));
-    let limiters =
-        merge(stored, (namespaces, durability), &mut directory.next_limiter, clock.now());
+    let now = clock.now();
     let keeps = journal.keeps();
-    let mut journal = Numbered::new(journal, clock.clone(), found.max(witnessed), latest);
-    let mut batch = Batch::default();
-    batch.put(Keyspace::Meta, DIRECTORY, directory.encode_to_vec());
-    // What the last life wrote at its end is exact once.
-    batch.delete(Keyspace::Meta, CLEAN_STOP);
-    // One whose cells are written from now on is still recovered as if they were not: records of an older
-    // time, before they were not written for a while, would be believed.
-    for (id, known) in &limiters {
-        let record = known.record(id, known.is_fast || known.was_fast);
-        batch.put(Keyspace::Policies, id.to_key(), record.encode_to_vec());
+    let limiters = stored_limiters(&*journal, clean, now)?;
+    let policies = stored_policies(&*journal)?;
+    let events = Events::new(limits::EVENTS, boot);
+    let mut forgotten = events.restore(stored_events(&*journal)?);
+    let is_first = last.is_none();
+    let mut registry = Registry::new(directory, secret, limiters, durability, keeps);
+    let (mut writes, edits) = registry.open(namespaces, policies, now)?;
+    // At a first start everything is new, which says nothing.
+    for edit in edits.into_iter().filter(|_| !is_first) {
+        let at = Duration::from_nanos(now.wall.as_nanos());
+        let Appended { event, evicted } = events.append(at, edit_event(edit));
+        writes.push(events::write(&event));
+        forgotten.extend(evicted);
     }
-    let turned = limiters.iter().filter(|(_, known)| known.was_fast && !known.is_fast);
-    let turned = turned.map(|(id, known)| (id.to_key(), known.record(id, false).encode_to_vec()));
-    let turned: Vec<_> = turned.collect();
-    journal.commit(batch)?;
+    writes.extend(forgotten.into_iter().map(events::deletion));
+    // What the last life wrote at its end is exact once.
+    writes.push(Write { keyspace: Keyspace::Meta, key: CLEAN_STOP.to_vec(), value: None });
+    let mut journal = Numbered::new(journal, clock.clone(), found.max(witnessed), latest);
+    journal.commit(Batch { writes })?;
     journal.sync_witnessed()?;
 
-    let were_fast =
-        limiters.values().filter(|known| known.was_fast).map(|known| known.number).collect();
-    let retiring = limiters.iter().filter(|(_, known)| known.configured.is_none());
-    let retiring: Vec<_> = retiring.map(|(id, known)| (id.clone(), known.number)).collect();
-    let catalogue = catalogue(limiters, namespaces, &secret, keeps);
+    let were_fast = registry.were_fast();
+    let catalogue = registry.catalogue();
     let (cells, woken) = Embedded::new(limits::CELLS);
     cells.begin_at(latest);
     let mut revival = Revival {
@@ -195,86 +237,25 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
         let full_at = limiter.and_then(|limiter| limiter.settings.absent_full_at(now));
         full_at.is_none_or(|full_at| full_at <= now.time) && !in_use.contains(number)
     };
-    let retired = retiring.iter().filter(|(_, number)| is_done(number));
-    let retired = retired.map(|(id, _)| (Keyspace::Policies, id.to_key()));
+    let retired = registry.retired().filter(|(_, number)| is_done(number));
+    let retired: Vec<_> = retired.map(|(id, _)| id.clone()).collect();
+    registry.forget(&retired);
+    let retired = retired.iter().map(|id| (Keyspace::Policies, id.to_key()));
     let deleted = gone.into_iter().chain(retired).map(|(space, key)| (space, key, None));
-    // Last, and before the first answer.
-    let turned = turned.into_iter().map(|(key, record)| (Keyspace::Policies, key, Some(record)));
+    // One whose cells are written from now on was still to be recovered as if they were not: records of an
+    // older time, before they were not written for a while, would have been believed. They are gone.
+    let turned = registry.written_down(&registry.turning_slow());
+    let turned = turned.into_iter().map(|write| (write.keyspace, write.key, write.value));
     journal.commit_all(deleted.chain(turned))?;
     journal.sync_witnessed()?;
 
     let cells = Arc::new(cells);
-    let writer = Writer::new(Arc::clone(&cells), journal, woken, directory.boot);
-    Ok(Recovered { catalogue, cells, grants, writer, clock, boot: directory.boot, secret, clean })
+    let writer = Writer::new(Arc::clone(&cells), journal, woken, boot);
+    let operations = Operations { registry, events };
+    Ok(Recovered { catalogue, cells, grants, operations, writer, clock, boot, secret, clean })
 }
 
-/// Names a limiter.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct LimiterId {
-    namespace: String,
-    policy: String,
-    /// As [`LimiterRecord::keys`].
-    keys: String,
-    index: u32,
-}
-
-impl LimiterId {
-    /// Names have no dots, and only keys have what ends them, so this one is unambiguous.
-    fn to_key(&self) -> Vec<u8> {
-        let Self { namespace, policy, keys, index } = self;
-        let rest = if (keys.as_str(), *index) == ("", 0) {
-            String::new()
-        } else {
-            format!(".{index}.{keys}")
-        };
-        format!("{namespace}.{policy}{rest}").into_bytes()
-    }
-
-    fn of(namespace: &str, policy: &str, keys: Option<&Keys>, index: usize) -> Self {
-        let keys = match keys {
-            None => String::new(),
-            Some(Keys::Exactly(key)) => format!("={key}"),
-            Some(Keys::Prefixed(prefix)) => format!("^{prefix}"),
-        };
-        let index = u32::try_from(index).unwrap_or(u32::MAX);
-        Self { namespace: namespace.to_owned(), policy: policy.to_owned(), keys, index }
-    }
-}
-
-/// A limiter that the configuration or the data directory knows.
-struct Known {
-    number: LimiterNumber,
-    settings: fusebox_core::Policy,
-    /// In the last life its cells were not written until a clean stop.
-    was_fast: bool,
-    /// Its cells are not written until a clean stop.
-    is_fast: bool,
-    /// What the configuration says of its durability; `None` if it does not name the limiter.
-    configured: Option<Durability>,
-}
-
-impl Known {
-    fn record(&self, id: &LimiterId, fast: bool) -> LimiterRecord {
-        let names = (id.namespace.as_str(), id.policy.as_str());
-        let keys = (id.keys.as_str(), id.index);
-        LimiterRecord::of(names, keys, self.number, &self.settings, fast)
-    }
-}
-
-/// Limiters by name.
-type Limiters = BTreeMap<LimiterId, Known>;
-
-/// Whether the cells of a limiter are not worth a write: a crash empties them, and soon they are full again.
-/// Permits are not: nobody else would know that they are held.
-fn is_fast(limit: &Limit) -> bool {
-    match limit {
-        Limit::RetryBudget(_) => true,
-        limit => limit.fills_in().is_some_and(|fills_in| fills_in <= limits::FAST_FILL),
-    }
-}
-
-/// The limiters as the last life had them. Where it was killed, nobody knows what the cells of those that
-/// are not written while they live had spent: all of it.
+/// The limiters as the last life had them.
 fn stored_limiters(
     journal: &dyn Journal,
     clean: bool,
@@ -283,159 +264,60 @@ fn stored_limiters(
     let mut stored = Limiters::new();
     journal.scan(Keyspace::Policies, &mut |key, value| {
         let record = LimiterRecord::decode(value).ok();
-        let settings = record.as_ref().and_then(LimiterRecord::policy);
-        let (Some(record), Some(mut settings)) = (record, settings) else {
-            return Err(broken("policy", key));
-        };
-        if record.fast && !clean {
-            settings = settings.emptied(now);
-        } else if settings.absent_full_at(now).is_some_and(|full_at| full_at <= now.time) {
-            settings.absent = None;
-        }
-        let LimiterRecord { namespace, name: policy, keys, index, number, fast, .. } = record;
-        let number = LimiterNumber(number);
-        let known = Known { number, settings, was_fast: fast, is_fast: fast, configured: None };
-        stored.insert(LimiterId { namespace, policy, keys, index }, known);
+        let known = record.and_then(|record| Known::of(record, clean, now));
+        let (id, known) = known.ok_or_else(|| broken("policy", key))?;
+        stored.insert(id, known);
         Ok(())
     })?;
     Ok(stored)
 }
 
-/// The configured limiters under the numbers that their cells know, and those that are no longer
-/// configured.
-fn merge(
-    stored: Limiters,
-    (namespaces, durability): (&Namespaces, Durability),
-    next: &mut u32,
-    now: Moment,
-) -> Limiters {
-    let mut limiters = stored;
-    for (namespace, configured) in namespaces {
-        for (name, policy) in &configured.policies {
-            for (keys, index, limit) in all_limits(policy) {
-                let limit = limit.limit;
-                let max_debt = policy.max_debt_of(&limit);
-                let id = LimiterId::of(namespace.as_str(), name.as_str(), keys, index);
-                let known = limiters.entry(id).or_insert_with(|| {
-                    let number = LimiterNumber(*next);
-                    *next += 1;
-                    let settings = fusebox_core::Policy::new(limit, max_debt);
-                    Known { number, settings, was_fast: false, is_fast: false, configured: None }
-                });
-                known.configured = Some(policy.durability.unwrap_or(durability));
-                if known.settings.limit != limit {
-                    known.settings = known.settings.changed(limit, now);
-                }
-                known.settings.max_debt = max_debt;
-                // What only watches is not worth a write either.
-                known.is_fast = is_fast(&limit) || policy.shadow;
-            }
-        }
-    }
-    limiters
+/// The policies as operators had written them.
+fn stored_policies(
+    journal: &dyn Journal,
+) -> Result<BTreeMap<PolicyName, Configured>, JournalError> {
+    let mut stored = BTreeMap::new();
+    journal.scan(Keyspace::Made, &mut |key, value| {
+        let record = PolicyRecord::decode(value).ok();
+        let policy = record.as_ref().and_then(Configured::of);
+        let (name, configured) = policy.ok_or_else(|| broken("policy", key))?;
+        stored.insert(name, configured);
+        Ok(())
+    })?;
+    Ok(stored)
 }
 
-/// Every limit of a policy, and whose it is.
-fn all_limits(
-    policy: &config::Policy,
-) -> impl Iterator<Item = (Option<&Keys>, usize, &LimitSettings)> {
-    let own = policy.limits.iter().enumerate().map(|(index, limit)| (None, index, limit));
-    let others = policy.overrides.iter().flat_map(|one| {
-        one.limits.iter().enumerate().map(move |(index, limit)| (Some(&one.keys), index, limit))
-    });
-    own.chain(others)
+/// The audit trail so far.
+fn stored_events(journal: &dyn Journal) -> Result<Vec<Event>, JournalError> {
+    let mut stored = Vec::new();
+    journal.scan(Keyspace::Events, &mut |key, value| {
+        let record = EventRecord::decode(value).ok().zip(event_of_key(key));
+        let event = record.and_then(|(record, number)| record.event(number));
+        stored.push(event.ok_or_else(|| broken("event", key))?);
+        Ok(())
+    })?;
+    Ok(stored)
 }
 
-fn catalogue(
-    mut limiters: Limiters,
-    namespaces: &Namespaces,
-    secret: &[u8; 16],
-    keeps: bool,
-) -> Catalogue {
-    let mut policies = Vec::new();
-    for (namespace, configured) in namespaces {
-        for (name, policy) in &configured.policies {
-            let name =
-                PolicyName { namespace: namespace.as_str().into(), policy: name.as_str().into() };
-            policies.push(named_policy(name, policy, &mut limiters, secret, keeps));
-        }
-    }
-    let retired = limiters.into_iter().map(|(id, known)| {
-        let name = PolicyName { namespace: id.namespace.into(), policy: id.policy.into() };
-        Arc::new(limiter(&name, known, None, &Arc::default(), keeps))
-    });
-    Catalogue::new(1, policies, retired)
-}
-
-/// A policy of the limiters that are its own.
-fn named_policy(
-    name: PolicyName,
-    policy: &config::Policy,
-    limiters: &mut Limiters,
-    secret: &[u8; 16],
-    keeps: bool,
-) -> Policy {
-    let cells = CellHasher::new(secret, &name.namespace, &name.policy);
-    let budget = Arc::new(Budget::new(policy.max_cells));
-    let mut rules = |keys: Option<&Keys>, limits: &[LimitSettings], overflow| {
-        let limiters = limits.iter().enumerate().filter_map(|(index, settings)| {
-            let id = LimiterId::of(&name.namespace, &name.policy, keys, index);
-            let known = limiters.remove(&id)?;
-            let almanac = settings.calendar.clone().map(Almanac::new);
-            Some(Arc::new(limiter(&name, known, almanac, &budget, keeps)))
-        });
-        Rules { limiters: limiters.collect::<ArrayVec<_, { limits::LIMITS }>>(), overflow }
+/// What the configuration file says differently now.
+fn edit_event(Edit { name, before, after }: Edit) -> events::Change {
+    let action = match (&before, &after) {
+        (None, _) => Action::PolicyCreated,
+        (_, None) => Action::PolicyDeleted,
+        (Some(_), Some(_)) => Action::PolicyChanged,
     };
-    let own = rules(None, &policy.limits, Some(cells.overflow(None)));
-    let mut overrides = Overrides::default();
-    for one in &policy.overrides {
-        match &one.keys {
-            Keys::Exactly(key) => {
-                let rules = rules(Some(&one.keys), &one.limits, None);
-                overrides.exact.insert(key.as_str().into(), rules);
-            }
-            Keys::Prefixed(prefix) => {
-                let overflow = cells.overflow(Some(prefix));
-                let rules = rules(Some(&one.keys), &one.limits, Some(overflow));
-                overrides.prefixes.push((prefix.as_str().into(), rules));
-            }
-        }
-    }
-    overrides.prefixes.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.len()));
-    Policy {
-        namespace: Arc::clone(&name.namespace),
-        name: Arc::clone(&name.policy),
-        rules: own,
-        overrides,
-        shadow: policy.shadow,
-        reserves: policy.reserves,
-        max_waiting: policy.max_waiting,
-        lease_time: policy.lease_time,
-        cells,
-        budget,
-        decisions: Arc::default(),
-    }
-}
-
-fn limiter(
-    name: &PolicyName,
-    known: Known,
-    calendar: Option<Almanac>,
-    budget: &Arc<Budget>,
-    keeps: bool,
-) -> Limiter {
-    let keeping = match known.configured {
-        _ if !keeps || known.is_fast => Keeping::AtStop,
-        Some(Durability::Relaxed) => Keeping::Behind,
-        Some(Durability::Strict) | None => Keeping::Marked,
+    let text = |settings: Option<Arc<config::Policy>>| {
+        settings.map(|settings| settings.to_string()).unwrap_or_default()
     };
-    Limiter {
-        name: name.clone(),
-        number: known.number,
-        settings: known.settings,
-        keeping,
-        calendar,
-        budget: Arc::clone(budget),
+    events::Change {
+        actor: events::FILE.to_owned(),
+        action,
+        namespace: name.namespace.to_string(),
+        policy: name.policy.to_string(),
+        key: String::new(),
+        reason: String::new(),
+        before: text(before),
+        after: text(after),
     }
 }
 

@@ -36,6 +36,9 @@ const ON_DISK: u8 = 1;
 /// Many keys share the cell.
 const OVERFLOW: u8 = 2;
 
+/// The cell was charged in this life.
+const SEEN: u8 = 4;
+
 impl Entry {
     pub(super) fn new(id: CellId, number: LimiterNumber, cell: Cell, is_overflow: bool) -> Self {
         Self {
@@ -66,6 +69,13 @@ impl Entry {
 
     pub(super) fn set_on_disk(&mut self, on_disk: bool) {
         self.flags = self.flags & !ON_DISK | if on_disk { ON_DISK } else { 0 };
+    }
+
+    /// Notes that it was charged in this life; whether it was before.
+    pub(super) fn see(&mut self) -> bool {
+        let seen = self.flags & SEEN != 0;
+        self.flags |= SEEN;
+        seen
     }
 
     pub(super) fn is_overflow(&self) -> bool {
@@ -171,6 +181,10 @@ impl Table {
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.chunks.iter().flatten()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
+        self.chunks.iter_mut().flatten()
     }
 
     /// Looks at the `most` entries before `end` and removes those that `keep` does not want. Where it is to go

@@ -12,6 +12,7 @@ use std::{
 
 use fusebox_core::{Moment, Time};
 use prost::Message;
+use tokio::sync::oneshot;
 
 use super::{
     Embedded, OpenGrant, Storage, StorageError,
@@ -40,6 +41,8 @@ pub struct Writer {
     round: u64,
     /// Who waits for a later round than the one that found them.
     waiting: Vec<Waiter>,
+    /// Who waits for a note that this round carries.
+    noted: Vec<oneshot::Sender<Result<(), StorageError>>>,
     /// The shards that are yet to be caught up with.
     behind: Range<usize>,
     /// When the writer last began to catch up.
@@ -131,6 +134,7 @@ impl Writer {
             disk: Arc::new(disk),
             round: 0,
             waiting: Vec::new(),
+            noted: Vec::new(),
             behind: 0..0,
             caught_up: Time::ZERO,
             failed: false,
@@ -178,6 +182,10 @@ impl Writer {
     pub fn finish(mut self, grants: &[OpenGrant]) -> Result<(), JournalError> {
         self.cells.stop();
         if !self.keeps() {
+            // As durable as anything here.
+            for note in self.cells.take_notes() {
+                let _ = note.told.send(Ok(()));
+            }
             return Ok(());
         }
         self.guarded(|writer| {
@@ -222,9 +230,10 @@ impl Writer {
             self.failed = true;
             let failure = StorageError::Failed(error.to_string().into());
             self.cells.end(&failure);
-            for waiter in self.waiting.drain(..) {
+            let waiting = self.waiting.drain(..).map(|waiter| waiter.told);
+            for told in waiting.chain(self.noted.drain(..)) {
                 // Who went away need not know.
-                let _ = waiter.told.send(Err(failure.clone()));
+                let _ = told.send(Err(failure.clone()));
             }
         })
     }
@@ -249,10 +258,15 @@ impl Writer {
         {
             self.cells.take_lagging(shard, round, &mut changes);
         }
-        if !changes.is_empty() {
-            self.disk.records.fetch_add(changes.len() as u64, Ordering::Relaxed);
+        let mut batch = batch_of(changes);
+        for note in self.cells.take_notes() {
+            batch.writes.extend(note.writes);
+            self.noted.push(note.told);
+        }
+        if !batch.writes.is_empty() {
+            self.disk.records.fetch_add(batch.writes.len() as u64, Ordering::Relaxed);
             self.disk.commits.fetch_add(1, Ordering::Relaxed);
-            self.journal.commit(batch_of(changes))?;
+            self.journal.commit(batch)?;
             self.journal.sync_witnessed()?;
         }
         self.round = round;
@@ -260,6 +274,9 @@ impl Writer {
         for waiter in self.waiting.extract_if(.., |waiter| waiter.round <= round) {
             // Who went away need not know.
             let _ = waiter.told.send(Ok(()));
+        }
+        for told in self.noted.drain(..) {
+            let _ = told.send(Ok(()));
         }
         let untidy = self.journal.journal.tidy(self.cells.live())?;
         self.disk.set(self.journal.journal.stats());

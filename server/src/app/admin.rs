@@ -1,0 +1,806 @@
+//! What operators can do: policies, and a look at everything else.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use arrayvec::ArrayVec;
+use fusebox_core::{Cell, Kind, Moment, Time};
+use parking_lot::{Mutex, RwLock};
+use thiserror::Error;
+
+use super::{
+    App, Principal,
+    clients::Clients,
+    events::{self, Action, Appended, Event, Events, Filter},
+    grants::Grant,
+    top_keys::Ranking,
+};
+use crate::{
+    app::GrantName,
+    catalogue::{
+        Catalogue, CellId, Policy, PolicyName,
+        registry::{Configured, Registry, Source},
+    },
+    config::{self, Difference, Durability, difference},
+    limits,
+    storage::{Answer, Holds, Judge, Operations, StorageError, journal::Write},
+};
+
+/// What operators change, and what only they look at.
+pub(super) struct Desk {
+    registry: RwLock<Registry>,
+    /// Held while a change is on its way: one at a time.
+    changing: tokio::sync::Mutex<()>,
+    events: Events,
+    pub(super) clients: Clients,
+    boot: u64,
+    started: Time,
+    /// When the counts of top keys were last halved.
+    halved: Mutex<Time>,
+    /// Where housekeeping is with the keys of policies.
+    pruned: AtomicUsize,
+}
+
+/// All settings that a policy is to have.
+#[derive(Clone, Debug)]
+pub struct PutPolicy {
+    /// The policy.
+    pub name: PolicyName,
+    /// Its settings.
+    pub settings: config::Policy,
+    /// The version that is to be replaced, 0 for none; any if `None`.
+    pub expected: Option<u64>,
+    /// Change nothing.
+    pub dry_run: bool,
+    /// Why.
+    pub reason: String,
+}
+
+/// A policy that is to end.
+#[derive(Clone, Debug)]
+pub struct DeletePolicy {
+    /// The policy.
+    pub name: PolicyName,
+    /// The version that is to end; any if `None`.
+    pub expected: Option<u64>,
+    /// Change nothing.
+    pub dry_run: bool,
+    /// Why.
+    pub reason: String,
+}
+
+/// A policy that was put.
+#[derive(Debug)]
+pub struct PolicyPut {
+    /// The policy as it is, or would be.
+    pub configured: Configured,
+    /// What is different.
+    pub differences: Vec<Difference>,
+    /// Cells that go on under the new settings.
+    pub live_cells: usize,
+}
+
+/// A policy that has ended.
+#[derive(Debug)]
+pub struct PolicyDeleted {
+    /// The policy as it was.
+    pub configured: Configured,
+    /// Cells of it that are remembered.
+    pub live_cells: usize,
+    /// Grants of it that are open.
+    pub open_grants: usize,
+}
+
+/// What one key of a policy has left.
+#[derive(Clone, Debug, Default)]
+pub struct Bucket {
+    /// The key.
+    pub key: String,
+    /// By limit.
+    pub limits: Vec<BucketLimit>,
+    /// Permits that are held.
+    pub permits_held: u64,
+    /// It is the one that keys past the policy's budget share.
+    pub overflow: bool,
+    /// It is remembered.
+    pub live: bool,
+}
+
+/// What is left of one limit.
+#[derive(Clone, Copy, Debug)]
+pub struct BucketLimit {
+    /// Most that could be granted at once.
+    pub limit: u64,
+    /// Left now.
+    pub remaining: u64,
+    /// Time until it is full; `None` if time alone does not do that.
+    pub reset_after: Option<Duration>,
+    /// Spent, and not refilled yet.
+    pub spent: u64,
+    /// Of that, what may come back.
+    pub out: u64,
+}
+
+/// Some buckets of a policy.
+#[derive(Debug)]
+pub struct Buckets {
+    /// By key.
+    pub buckets: Vec<Bucket>,
+    /// The key after which the next page begins.
+    pub next: Option<String>,
+    /// Buckets that are remembered, but not their keys.
+    pub unnamed: usize,
+}
+
+/// A client, and what it holds.
+#[derive(Debug, Default)]
+pub struct ClientStatus {
+    /// The service that it is one of.
+    pub service: String,
+    /// Where it runs.
+    pub zone: String,
+    /// Time since it called.
+    pub last_seen: Option<Duration>,
+    /// Grants that are open.
+    pub open_grants: usize,
+    /// Permits.
+    pub permits: u64,
+    /// Tokens leased.
+    pub leased: u64,
+    /// The grants, where they were asked for.
+    pub grants: Vec<Holding>,
+}
+
+/// What one grant holds.
+#[derive(Clone, Debug)]
+pub struct Holding {
+    /// The grant.
+    pub name: GrantName,
+    /// The policy; of several the first.
+    pub policy: PolicyName,
+    /// Permits.
+    pub permits: u64,
+    /// Tokens leased.
+    pub leased: u64,
+    /// Tokens charged as an estimate, and not known to be spent.
+    pub estimated: u64,
+    /// How long it lives.
+    pub expires_in: Duration,
+}
+
+/// Which clients are wanted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ClientFilter<'a> {
+    /// Only what concerns this namespace.
+    pub namespace: Option<&'a str>,
+    /// Only this one, and its grants one by one.
+    pub id: Option<&'a str>,
+    /// Only those after this one.
+    pub after: Option<&'a str>,
+}
+
+/// What the server is, and how much it holds.
+#[derive(Debug)]
+pub struct Info {
+    /// Number of this start.
+    pub boot: u64,
+    /// Time since then.
+    pub uptime: Duration,
+    /// Whether it keeps anything on disk.
+    pub keeps: bool,
+    /// What a crash may forget where a policy does not say.
+    pub durability: Durability,
+    /// Buckets that are remembered.
+    pub live_cells: usize,
+    /// Policies that can be asked.
+    pub policies: usize,
+    /// Grants that are open.
+    pub open_grants: usize,
+    /// Names the state.
+    pub truth_id: String,
+}
+
+/// Why something was not done or told. Nothing was changed, unless the storage failed.
+#[derive(Debug, Error)]
+pub enum AdminError {
+    /// No such namespace.
+    #[error("unknown namespace `{0}`")]
+    UnknownNamespace(String),
+    /// No such policy.
+    #[error("unknown policy `{0}`")]
+    UnknownPolicy(PolicyName),
+    /// No such grant is open.
+    #[error("no grant `{0}` is open")]
+    UnknownGrant(String),
+    /// Another place to change it.
+    #[error(
+        "policy `{0}` is managed by the configuration file: change it there, as \
+         `namespaces.{namespace}.policies.{policy}`, and restart",
+        namespace = .0.namespace, policy = .0.policy
+    )]
+    ManagedByFile(PolicyName),
+    /// Somebody was faster.
+    #[error(
+        "policy `{name}` has version {found}, not {expected} (0 is none): read it again, decide again"
+    )]
+    Conflict {
+        /// The policy.
+        name: PolicyName,
+        /// The version that was to be there.
+        expected: u64,
+        /// The version that is there.
+        found: u64,
+    },
+    /// As many policies as there may be.
+    #[error("the server holds {} policies, as many as it may", limits::POLICIES)]
+    TooManyPolicies,
+    /// As many limiters as there may be.
+    #[error(
+        "the server knows {} limits, with those that no policy has any more, as many as it may; \
+         a restart forgets those that nothing is counted by",
+        limits::LIMITERS
+    )]
+    TooManyLimiters,
+    /// The storage cannot.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
+
+impl Desk {
+    pub(super) fn new(operations: Operations, boot: u64, now: Time) -> Self {
+        let Operations { registry, events } = operations;
+        Self {
+            registry: RwLock::new(registry),
+            changing: tokio::sync::Mutex::default(),
+            events,
+            clients: Clients::new(),
+            boot,
+            started: now,
+            halved: Mutex::new(now),
+            pruned: AtomicUsize::new(0),
+        }
+    }
+}
+
+impl App {
+    /// Creates a policy, or replaces all settings of one. It is in force, and on disk, when this returns.
+    ///
+    /// # Errors
+    /// If it may not be changed here, is not of the expected version, or cannot be written.
+    pub async fn put_policy(
+        &self,
+        principal: Principal,
+        put: PutPolicy,
+    ) -> Result<PolicyPut, AdminError> {
+        let PutPolicy { name, settings, expected, dry_run, reason } = put;
+        let _alone = self.desk.changing.lock().await;
+        let now = self.clock.now();
+        let (before, change) = {
+            let registry = self.desk.registry.read();
+            let before = registry.policy(&name).cloned();
+            may_change(&name, before.as_ref(), expected)?;
+            if before.is_none() && registry.count() >= limits::POLICIES {
+                return Err(AdminError::TooManyPolicies);
+            }
+            let change = registry.put(&self.catalogue.load(), &name, settings, now);
+            if registry.limiters_after(&change) > limits::LIMITERS {
+                return Err(AdminError::TooManyLimiters);
+            }
+            (before, change)
+        };
+        let live_cells = change.catalogue.policy(&name).map_or(0, |policy| policy.budget.live());
+        let former = before.as_ref().map(|before| &*before.settings);
+        let after = change.after.clone();
+        let differences = difference(former, after.as_ref().map(|after| &*after.settings));
+        // All that a change of a change without effect would do is to count it.
+        let same = before.as_ref().filter(|_| differences.is_empty()).cloned();
+        let configured = match (same, after) {
+            (Some(same), _) => return Ok(PolicyPut { configured: same, differences, live_cells }),
+            (None, Some(after)) => after,
+            (None, None) => return Err(AdminError::UnknownPolicy(name)),
+        };
+        if dry_run {
+            // With what it has now of what the change itself would give it.
+            let configured = match before {
+                Some(before) => Configured { settings: configured.settings, ..before },
+                None => configured,
+            };
+            return Ok(PolicyPut { configured, differences, live_cells });
+        }
+        let action = if before.is_none() { Action::PolicyCreated } else { Action::PolicyChanged };
+        let event = events::Change {
+            before: former.map(config::Policy::to_string).unwrap_or_default(),
+            after: configured.settings.to_string(),
+            ..about(principal, action, &name, reason)
+        };
+        self.make(change, event, now).await?;
+        Ok(PolicyPut { configured, differences, live_cells })
+    }
+
+    /// Ends a policy. Nobody can ask for it, also after a restart, when this returns.
+    ///
+    /// # Errors
+    /// If there is none, it may not be changed here, is not of the expected version, or that cannot be
+    /// written.
+    pub async fn delete_policy(
+        &self,
+        principal: Principal,
+        delete: DeletePolicy,
+    ) -> Result<PolicyDeleted, AdminError> {
+        let DeletePolicy { name, expected, dry_run, reason } = delete;
+        let _alone = self.desk.changing.lock().await;
+        let policy = Arc::clone(self.asked(&self.catalogue.load(), &name)?);
+        let (before, change) = {
+            let registry = self.desk.registry.read();
+            let before = registry.policy(&name).cloned();
+            may_change(&name, before.as_ref(), expected)?;
+            (before, registry.delete(&self.catalogue.load(), &name))
+        };
+        let Some(configured) = before else { return Err(AdminError::UnknownPolicy(name)) };
+        let mut open_grants = 0;
+        self.grants.visit(|_, grant| {
+            open_grants += usize::from(grant.parts.iter().any(|part| part.limiter.name == name));
+        });
+        let live_cells = policy.budget.live();
+        if !dry_run {
+            let event = events::Change {
+                before: configured.settings.to_string(),
+                ..about(principal, Action::PolicyDeleted, &name, reason)
+            };
+            self.make(change, event, self.clock.now()).await?;
+        }
+        Ok(PolicyDeleted { configured, live_cells, open_grants })
+    }
+
+    /// A policy as it is configured.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn policy(&self, name: &PolicyName) -> Result<Configured, AdminError> {
+        let registry = self.desk.registry.read();
+        match registry.policy(name) {
+            Some(configured) => Ok(configured.clone()),
+            None => Err(self.unknown(&self.catalogue.load(), name)),
+        }
+    }
+
+    /// Some policies, by namespace and name, of one namespace if one is given; only those after `after`.
+    ///
+    /// # Errors
+    /// If there is no such namespace.
+    pub fn policies(
+        &self,
+        namespace: Option<&str>,
+        after: Option<&PolicyName>,
+        count: usize,
+    ) -> Result<Vec<(PolicyName, Configured)>, AdminError> {
+        if let Some(name) = namespace {
+            self.known_namespace(name)?;
+        }
+        let registry = self.desk.registry.read();
+        let wanted = |name: &PolicyName| namespace.is_none_or(|wanted| *name.namespace == *wanted);
+        let policies = registry.policies(after).filter(|(name, _)| wanted(name));
+        Ok(policies.take(count).map(|(name, one)| (name.clone(), one.clone())).collect())
+    }
+
+    /// What is left in one bucket, without charging it.
+    ///
+    /// # Errors
+    /// If there is no such policy.
+    pub fn inspect(&self, name: &PolicyName, key: &str) -> Result<Bucket, AdminError> {
+        let catalogue = self.catalogue.load();
+        let policy = self.asked(&catalogue, name)?;
+        Ok(self.bucket(&catalogue, policy, key, self.clock.now()).1)
+    }
+
+    /// What is left in the buckets of a policy whose keys begin with `prefix`; only of those after `after`.
+    ///
+    /// # Errors
+    /// If there is no such policy.
+    pub fn buckets(
+        &self,
+        name: &PolicyName,
+        prefix: &str,
+        after: Option<&str>,
+        count: usize,
+    ) -> Result<Buckets, AdminError> {
+        let catalogue = self.catalogue.load();
+        let policy = self.asked(&catalogue, name)?;
+        let now = self.clock.now();
+        let keys = policy.names.page(prefix, after, count);
+        let next = keys.last().filter(|_| keys.len() == count).map(|key| key.to_string());
+        let buckets = keys.iter().map(|key| self.bucket(&catalogue, policy, key, now).1);
+        let buckets = buckets.filter(|bucket| bucket.live && !bucket.overflow).collect();
+        // A key has as many cells as limits.
+        let own = policy.budget.live().saturating_sub(policy.budget.overflow_cells());
+        let remembered = own.div_ceil(policy.rules.limiters.len().max(1));
+        let unnamed = remembered.saturating_sub(policy.names.len());
+        Ok(Buckets { buckets, next, unnamed })
+    }
+
+    /// The keys of a policy that are asked for most.
+    ///
+    /// # Errors
+    /// If there is no such policy.
+    pub fn top_keys(&self, name: &PolicyName, count: usize) -> Result<Ranking, AdminError> {
+        Ok(self.asked(&self.catalogue.load(), name)?.top_keys.top(count))
+    }
+
+    /// Forgets what one bucket has spent, but for what open grants hold; the bucket before and after.
+    ///
+    /// # Errors
+    /// If there is no such policy, or it cannot be written.
+    pub async fn reset(
+        &self,
+        principal: Principal,
+        name: &PolicyName,
+        key: &str,
+        reason: String,
+    ) -> Result<(Bucket, Bucket), AdminError> {
+        let _alone = self.desk.changing.lock().await;
+        let now = self.clock.now();
+        let catalogue = self.catalogue.load_full();
+        let policy = self.asked(&catalogue, name)?;
+        let (cell, before) = self.bucket(&catalogue, policy, key, now);
+        let mut answers = ArrayVec::<_, { limits::LIMITS }>::new();
+        for (index, limiter) in policy.rules_of(key).limiters.iter().enumerate() {
+            let judge = Judge { limiter, catalogue: &catalogue };
+            let mut reset = |cell| Some(limiter.settings.reset(cell, now));
+            answers.push(self.storage.change(cell.of_limit(index), judge, &mut reset, now)?);
+        }
+        let (_, after) = self.bucket(&catalogue, policy, key, now);
+        let event = events::Change {
+            key: key.to_owned(),
+            before: before.spent(),
+            after: after.spent(),
+            ..about(principal, Action::BucketReset, name, reason)
+        };
+        let noted = self.note(Vec::new(), event, now)?;
+        for answer in answers {
+            answer.told().await?;
+        }
+        noted.told().await?;
+        Ok((before, after))
+    }
+
+    /// Ends an open grant as if it had expired; what it held.
+    ///
+    /// # Errors
+    /// If it is not open, or that cannot be written.
+    pub async fn release_grant(
+        &self,
+        principal: Principal,
+        name: GrantName,
+        reason: String,
+    ) -> Result<Holding, AdminError> {
+        let _alone = self.desk.changing.lock().await;
+        let now = self.clock.now();
+        let unknown = || AdminError::UnknownGrant(name.to_string());
+        let grant = self.grants.look(name.id).ok_or_else(unknown)?;
+        let held = self.holding(name, &grant, now.time);
+        let (_, dues) = self.grants.force_release(name.id).ok_or_else(unknown)?;
+        let mut answers = Vec::with_capacity(dues.len());
+        for due in dues {
+            answers.push(self.settle(&due, now)?);
+        }
+        let event = events::Change {
+            before: held.to_string(),
+            ..about(principal, Action::GrantReleased, &held.policy, reason)
+        };
+        answers.push(self.note(Vec::new(), event, now)?);
+        for answer in answers {
+            answer.told().await?;
+        }
+        Ok(held)
+    }
+
+    /// Who called lately or holds something, by id.
+    ///
+    /// # Errors
+    /// If there is no such namespace.
+    pub fn clients(
+        &self,
+        filter: ClientFilter<'_>,
+        count: usize,
+    ) -> Result<BTreeMap<Box<str>, ClientStatus>, AdminError> {
+        let ClientFilter { namespace, id, after } = filter;
+        if let Some(name) = namespace {
+            self.known_namespace(name)?;
+        }
+        let now = self.clock.time();
+        let wanted = |other: &str| {
+            id.is_none_or(|id| id == other) && after.is_none_or(|after| after < other)
+        };
+        let mut clients = BTreeMap::<Box<str>, ClientStatus>::new();
+        // The last one leaves for good: what is left comes before it.
+        let keep_first = |clients: &mut BTreeMap<_, _>| {
+            if clients.len() > count {
+                clients.pop_last();
+            }
+        };
+        self.desk.clients.visit(namespace, |seen| {
+            if wanted(&seen.id) {
+                let status = clients.entry(seen.id.clone()).or_default();
+                let ago = Duration::from_nanos(now.nanos_since(seen.last));
+                if status.last_seen.is_none_or(|before| ago <= before) {
+                    status.last_seen = Some(ago);
+                    status.service = seen.service.to_string();
+                    status.zone = seen.zone.to_string();
+                }
+                keep_first(&mut clients);
+            }
+        });
+        self.grants.visit(|grant_id, grant| {
+            let here = namespace.is_none_or(|wanted| *grant.owner.namespace == *wanted);
+            if here && wanted(&grant.client) && grant.ends_at() > now {
+                let status = clients.entry(grant.client.as_ref().into()).or_default();
+                status.open_grants += 1;
+                status.permits += grant.held(Holds::Permit);
+                status.leased += grant.held(Holds::Lease);
+                if id.is_some() {
+                    let name = self.grants.name(grant_id, grant);
+                    status.grants.push(self.holding(name, grant, now));
+                }
+                keep_first(&mut clients);
+            }
+        });
+        for status in clients.values_mut() {
+            status.grants.sort_by_key(|held| (held.expires_in, held.name.id));
+            status.grants.truncate(limits::GRANTS_TOLD);
+        }
+        Ok(clients)
+    }
+
+    /// The latest events, newest first; only those with a number below `before`, if one is given.
+    pub fn events(&self, before: Option<u64>, count: usize, filter: Filter<'_>) -> Vec<Arc<Event>> {
+        self.desk.events.list(before, count, filter)
+    }
+
+    /// Events that are remembered.
+    pub fn event_count(&self) -> usize {
+        self.desk.events.len()
+    }
+
+    /// What the server is, and how much it holds.
+    pub fn info(&self) -> Info {
+        let registry = self.desk.registry.read();
+        Info {
+            boot: self.desk.boot,
+            uptime: Duration::from_nanos(self.clock.time().nanos_since(self.desk.started)),
+            keeps: registry.keeps(),
+            durability: registry.durability(),
+            live_cells: self.live_cells(),
+            policies: registry.count(),
+            open_grants: self.grants.open(),
+            truth_id: registry.truth_id(),
+        }
+    }
+
+    /// One bounded round of housekeeping of what operators look at.
+    pub(super) fn tend_desk(&self, now: Moment) {
+        self.desk.clients.tend(now.time);
+        let catalogue = self.catalogue.load();
+        let halves = {
+            let mut halved = self.desk.halved.lock();
+            let halves = halved.after(limits::TOP_KEYS_HALVED) <= now.time;
+            if halves {
+                *halved = now.time;
+            }
+            halves
+        };
+        if halves {
+            catalogue.policies().for_each(|policy| policy.top_keys.halve());
+        }
+        self.prune_names(&catalogue, now);
+    }
+
+    /// Forgets some keys of cells that are gone.
+    fn prune_names(&self, catalogue: &Catalogue, now: Moment) {
+        let slices = limits::NAMES_PRUNED_PER_ROUND / limits::NAMES_PRUNED_AT_ONCE;
+        let named = catalogue.policies().filter(|policy| !policy.names.is_empty());
+        let named: Vec<_> = named.collect();
+        if named.is_empty() {
+            return;
+        }
+        for _ in 0..slices {
+            let at = self.desk.pruned.fetch_add(1, Ordering::Relaxed);
+            let policy = named[at / limits::NAME_SHARDS % named.len()];
+            policy.names.prune(at % limits::NAME_SHARDS, |cell| {
+                let limiters = policy.limiters();
+                let mut limiters = limiters.take(1).map(|limiter| Judge { limiter, catalogue });
+                let lives = |judge| self.storage.look(cell, judge, now).is_some();
+                !limiters.any(lives)
+            });
+        }
+    }
+
+    /// Has a change written, makes it, and has all written that it needs from then on.
+    async fn make(
+        &self,
+        mut change: crate::catalogue::registry::Change,
+        event: events::Change,
+        now: Moment,
+    ) -> Result<(), StorageError> {
+        let slowed = std::mem::take(&mut change.slowed);
+        let writes = std::mem::take(&mut change.writes);
+        self.note(writes, event, now)?.told().await?;
+        let catalogue = self.desk.registry.write().make(change);
+        self.catalogue.store(Arc::new(catalogue));
+        if slowed.is_empty() {
+            return Ok(());
+        }
+        // Until all that was spent is on disk, a crash makes these cells empty.
+        for part in 0..limits::CELL_SHARDS {
+            while let Some(answer) = self.storage.write_down(part, &slowed)? {
+                answer.told().await?;
+            }
+        }
+        let writes = self.desk.registry.write().written_down(&slowed);
+        self.storage.note(writes)?.told().await
+    }
+
+    /// Remembers an event, and has it written with other records.
+    fn note(
+        &self,
+        mut writes: Vec<Write>,
+        change: events::Change,
+        now: Moment,
+    ) -> Result<Answer<()>, StorageError> {
+        let at = Duration::from_nanos(now.wall.as_nanos());
+        let Appended { event, evicted } = self.desk.events.append(at, change);
+        tracing::info!(
+            actor = event.change.actor,
+            action = ?event.change.action,
+            namespace = event.change.namespace,
+            policy = event.change.policy,
+            reason = event.change.reason,
+            "changed by an operator"
+        );
+        writes.push(events::write(&event));
+        writes.extend(evicted.map(events::deletion));
+        self.storage.note(writes)
+    }
+
+    fn known_namespace(&self, name: &str) -> Result<(), AdminError> {
+        let found = self.catalogue.load().namespace(name).map(|_| ());
+        found.ok_or_else(|| AdminError::UnknownNamespace(name.to_owned()))
+    }
+
+    fn asked<'a>(
+        &self,
+        catalogue: &'a Catalogue,
+        name: &PolicyName,
+    ) -> Result<&'a Arc<Policy>, AdminError> {
+        catalogue.policy(name).ok_or_else(|| self.unknown(catalogue, name))
+    }
+
+    fn unknown(&self, catalogue: &Catalogue, name: &PolicyName) -> AdminError {
+        match catalogue.namespace(&name.namespace) {
+            Some(_) => AdminError::UnknownPolicy(name.clone()),
+            None => AdminError::UnknownNamespace(name.namespace.to_string()),
+        }
+    }
+
+    /// The bucket of a key, and its first cell.
+    fn bucket(
+        &self,
+        catalogue: &Catalogue,
+        policy: &Policy,
+        key: &str,
+        now: Moment,
+    ) -> (CellId, Bucket) {
+        let rules = policy.rules_of(key);
+        let look = |first: CellId| {
+            let cells = rules.limiters.iter().enumerate().map(|(index, limiter)| {
+                self.storage.look(first.of_limit(index), Judge { limiter, catalogue }, now)
+            });
+            cells.collect::<ArrayVec<Option<Cell>, { limits::LIMITS }>>()
+        };
+        let lives = |cells: &[Option<Cell>]| cells.iter().any(Option::is_some);
+        let mut first = policy.cells.cell(key);
+        let mut cells = look(first);
+        let mut overflow = false;
+        if let Some(shared) = rules.overflow
+            && !lives(&cells)
+            && policy.budget.overflows()
+        {
+            let crowd = look(shared);
+            if policy.budget.is_full() || lives(&crowd) {
+                (first, cells, overflow) = (shared, crowd, true);
+            }
+        }
+        let mut bucket = Bucket { key: key.to_owned(), overflow, ..Bucket::default() };
+        for (limiter, cell) in rules.limiters.iter().zip(&cells) {
+            let (settings, limit) = (&limiter.settings, &limiter.settings.limit);
+            let state = settings.state(*cell);
+            let window = limiter.window(now);
+            let peek = fusebox_core::Ask { window, ..fusebox_core::Ask::spend(0) };
+            let plan = limit.plan(state, peek, now);
+            let spent = state.map_or(0, |state| limit.spent(state, now));
+            let fills = state.is_none_or(|state| limit.full_at(state, now).is_some());
+            bucket.limits.push(BucketLimit {
+                limit: plan.limit,
+                remaining: plan.before.remaining,
+                reset_after: fills.then_some(plan.before.reset_after),
+                spent,
+                out: state.map_or(0, |state| state.out()),
+            });
+            bucket.permits_held += if limiter.is_concurrency() { spent } else { 0 };
+            bucket.live |= cell.is_some();
+        }
+        (first, bucket)
+    }
+
+    fn holding(&self, name: GrantName, grant: &Grant, now: Time) -> Holding {
+        let policy = grant.parts.first().map(|part| part.limiter.name.clone());
+        let nothing = || PolicyName::new(&grant.owner.namespace, "");
+        Holding {
+            name,
+            policy: policy.unwrap_or_else(nothing),
+            permits: grant.held(Holds::Permit),
+            leased: grant.held(Holds::Lease),
+            estimated: grant.held(Holds::Estimate),
+            expires_in: Duration::from_nanos(grant.ends_at().nanos_since(now)),
+        }
+    }
+}
+
+/// Whether the Admin service may change a policy that is to be of that version.
+fn may_change(
+    name: &PolicyName,
+    before: Option<&Configured>,
+    expected: Option<u64>,
+) -> Result<(), AdminError> {
+    if before.is_some_and(|before| before.source == Source::File) {
+        return Err(AdminError::ManagedByFile(name.clone()));
+    }
+    let found = before.map_or(0, |before| before.version);
+    match expected {
+        Some(expected) if expected != found => {
+            Err(AdminError::Conflict { name: name.clone(), expected, found })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An event of a policy.
+fn about(
+    principal: Principal,
+    action: Action,
+    name: &PolicyName,
+    reason: String,
+) -> events::Change {
+    let Principal::Anonymous = principal;
+    events::Change {
+        actor: "anonymous".to_owned(),
+        action,
+        namespace: name.namespace.to_string(),
+        policy: name.policy.to_string(),
+        key: String::new(),
+        reason,
+        before: String::new(),
+        after: String::new(),
+    }
+}
+
+impl Bucket {
+    /// Tokens spent of each limit, for an event.
+    fn spent(&self) -> String {
+        let spent: Vec<_> = self.limits.iter().map(|limit| limit.spent.to_string()).collect();
+        spent.join(", ")
+    }
+}
+
+impl fmt::Display for Holding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, permits, leased, estimated, .. } = self;
+        write!(f, "grant {name}: {permits} permits, {leased} leased, {estimated} estimated")
+    }
+}

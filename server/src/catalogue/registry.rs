@@ -1,0 +1,648 @@
+//! What operators wrote, and which limiters stand for it: the way from policies to a [`Catalogue`].
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
+};
+
+use arrayvec::ArrayVec;
+use fusebox_core::{Kind, Limit, Moment, saturating_nanos};
+use prost::Message;
+
+use super::{
+    Almanac, Budget, Catalogue, CellHasher, Limiter, LimiterNumber, Names, Overrides, Policy,
+    PolicyName, Rules,
+};
+use crate::{
+    app::top_keys::TopKeys,
+    config::{self, Durability, Keys, LimitSettings, Namespaces},
+    limits,
+    storage::{
+        Keeping,
+        journal::{Keyspace, Write},
+        record::{Directory, LimiterRecord, PolicyRecord},
+    },
+};
+
+/// Key of the record of the directory itself.
+pub(crate) const DIRECTORY: &[u8] = b"directory";
+
+/// Every policy as an operator wrote it, and every limiter that cells know. It computes changes; who makes one
+/// sees to it that it is on disk first.
+#[derive(Debug)]
+pub struct Registry {
+    policies: BTreeMap<PolicyName, Configured>,
+    limiters: Limiters,
+    /// Of every policy that has limiters, also if it is deleted: its cells are still counted.
+    budgets: HashMap<PolicyName, Arc<Budget>>,
+    directory: Directory,
+    secret: [u8; 16],
+    /// What a crash may forget, where a policy does not say.
+    durability: Durability,
+    /// Whether what is written can be read again.
+    keeps: bool,
+    /// Keys of all policies that are known as text.
+    named: Arc<AtomicUsize>,
+}
+
+/// A policy as an operator wrote it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Configured {
+    /// What was written.
+    pub settings: Arc<config::Policy>,
+    /// Who manages it.
+    pub source: Source,
+    /// Grows with each change of the settings, and is never given twice in a data directory.
+    pub version: u64,
+    /// When it was created: time since the Unix epoch.
+    pub created: Duration,
+    /// When the settings last changed.
+    pub updated: Duration,
+}
+
+/// Who manages a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The configuration file.
+    File,
+    /// The Admin service.
+    Admin,
+}
+
+/// A change of one policy that is not made yet.
+#[derive(Debug)]
+pub struct Change {
+    /// The policies in force once it is made.
+    pub catalogue: Catalogue,
+    /// What must be on disk before.
+    pub writes: Vec<Write>,
+    /// Limiters whose cells are kept on disk from then on, and were not before.
+    pub slowed: HashSet<LimiterNumber>,
+    /// The policy after it; `None` if it ends.
+    pub after: Option<Configured>,
+    name: PolicyName,
+    limiters: Limiters,
+    directory: Directory,
+}
+
+/// What a start found changed in the configuration file.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Edit {
+    /// The policy.
+    pub name: PolicyName,
+    /// What it was; `None` if it is new.
+    pub before: Option<Arc<config::Policy>>,
+    /// What it is; `None` if it is there no more.
+    pub after: Option<Arc<config::Policy>>,
+}
+
+/// Why a configuration file does not fit what the data directory knows.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Misfit {
+    /// A policy of the file was also made by the Admin service.
+    MadeToo {
+        /// The policy.
+        name: PolicyName,
+        /// The version of the one that was made.
+        version: u64,
+    },
+    /// More policies than a server holds, with those that the Admin service made.
+    TooMany {
+        /// How many.
+        count: usize,
+    },
+}
+
+/// Names a limiter.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct LimiterId {
+    namespace: String,
+    policy: String,
+    /// As [`LimiterRecord::keys`].
+    keys: String,
+    index: u32,
+}
+
+/// A limiter that the configuration or the data directory knows.
+#[derive(Clone, Debug)]
+pub(crate) struct Known {
+    pub(crate) number: LimiterNumber,
+    settings: fusebox_core::Policy,
+    /// In the last life its cells were not written until a clean stop.
+    was_fast: bool,
+    /// Its cells are not written until a clean stop.
+    is_fast: bool,
+    /// Its cells are written from now on, but maybe not all of them are yet: a crash would make them empty.
+    is_turning_slow: bool,
+    /// What the configuration says of its durability; `None` if it does not name the limiter.
+    configured: Option<Durability>,
+}
+
+/// Limiters by name.
+pub(crate) type Limiters = BTreeMap<LimiterId, Known>;
+
+impl Registry {
+    /// What a data directory knows of limiters, without a policy.
+    pub(crate) fn new(
+        directory: Directory,
+        secret: [u8; 16],
+        limiters: Limiters,
+        durability: Durability,
+        keeps: bool,
+    ) -> Self {
+        let mut registry = Self {
+            policies: BTreeMap::new(),
+            limiters,
+            budgets: HashMap::new(),
+            directory,
+            secret,
+            durability,
+            keeps,
+            named: Arc::default(),
+        };
+        let highest = registry.limiters.values().map(|known| known.number.0).max();
+        let directory = &mut registry.directory;
+        directory.next_limiter = directory.next_limiter.max(highest.map_or(0, |number| number + 1));
+        directory.next_version = directory.next_version.max(1);
+        registry
+    }
+
+    /// Takes up the policies of a file, and those that the data directory has of an earlier life. What is to be
+    /// written for that, and what the file says differently now.
+    ///
+    /// # Errors
+    /// If the file does not fit what was made without it.
+    pub(crate) fn open(
+        &mut self,
+        namespaces: &Namespaces,
+        mut stored: BTreeMap<PolicyName, Configured>,
+        now: Moment,
+    ) -> Result<(Vec<Write>, Vec<Edit>), Misfit> {
+        let mut edits = Vec::new();
+        let at = Duration::from_nanos(now.wall.as_nanos());
+        for (namespace, configured) in namespaces {
+            for (name, settings) in &configured.policies {
+                let name = PolicyName::new(namespace.as_str(), name.as_str());
+                let before = stored.remove(&name);
+                if let Some(Configured { source: Source::Admin, version, .. }) = before {
+                    return Err(Misfit::MadeToo { name, version });
+                }
+                let configured = match before {
+                    Some(before) if *before.settings == *settings => before,
+                    before => {
+                        let settings = Arc::new(settings.clone());
+                        let created = before.as_ref().map_or(at, |before| before.created);
+                        edits.push(Edit {
+                            name: name.clone(),
+                            before: before.map(|before| before.settings),
+                            after: Some(Arc::clone(&settings)),
+                        });
+                        let version = self.directory.next_version;
+                        self.directory.next_version += 1;
+                        let source = Source::File;
+                        Configured { settings, source, version, created, updated: at }
+                    }
+                };
+                self.policies.insert(name, configured);
+            }
+        }
+        let mut writes = Vec::new();
+        for (name, configured) in stored {
+            match configured.source {
+                Source::Admin => drop(self.policies.insert(name, configured)),
+                Source::File => {
+                    writes.push(deleted(&name));
+                    edits.push(Edit { name, before: Some(configured.settings), after: None });
+                }
+            }
+        }
+        if self.policies.len() > limits::POLICIES {
+            return Err(Misfit::TooMany { count: self.policies.len() });
+        }
+        for (name, configured) in &self.policies {
+            let settings = &configured.settings;
+            let known = |id: &LimiterId| self.limiters.get(id).cloned();
+            let next = &mut self.directory.next_limiter;
+            let limiters = limiters_of(name, settings, self.durability, known, next, now);
+            self.limiters.extend(limiters);
+            writes.push(written(name, configured));
+        }
+        writes.extend(self.limiters.iter().map(|(id, known)| known.written(id)));
+        writes.push(put(Keyspace::Meta, DIRECTORY.to_vec(), &self.directory));
+        Ok((writes, edits))
+    }
+
+    /// All of it, ready to be asked.
+    pub(crate) fn catalogue(&mut self) -> Catalogue {
+        for id in self.limiters.keys() {
+            self.budgets.entry(id.policy_name()).or_default();
+        }
+        for (name, configured) in &self.policies {
+            if let Some(budget) = self.budgets.get(name) {
+                budget.set_most(configured.settings.max_cells);
+            }
+        }
+        let mut limiters = self.limiters.clone();
+        let policies = self.policies.iter().map(|(name, configured)| {
+            named_policy(self, name, &configured.settings, &mut limiters, None)
+        });
+        let policies: Vec<_> = policies.collect();
+        let retired = limiters.into_iter().map(|(id, known)| {
+            let name = id.policy_name();
+            let budget = self.budgets.get(&name).cloned().unwrap_or_default();
+            Arc::new(limiter(&name, known, None, &budget, self.keeps))
+        });
+        Catalogue::new(1, policies, retired)
+    }
+
+    /// A policy as it is configured.
+    pub fn policy(&self, name: &PolicyName) -> Option<&Configured> {
+        self.policies.get(name)
+    }
+
+    /// Every policy, by namespace and name; only those after `after`, if one is given.
+    pub fn policies<'a>(
+        &'a self,
+        after: Option<&'a PolicyName>,
+    ) -> impl Iterator<Item = (&'a PolicyName, &'a Configured)> {
+        use std::ops::Bound;
+        let start = after.map_or(Bound::Unbounded, Bound::Excluded);
+        self.policies.range((start, Bound::Unbounded))
+    }
+
+    /// How many policies there are.
+    pub fn count(&self) -> usize {
+        self.policies.len()
+    }
+
+    /// How many limiters there are once a change is made.
+    pub fn limiters_after(&self, change: &Change) -> usize {
+        let new = change.limiters.keys().filter(|id| !self.limiters.contains_key(id));
+        self.limiters.len() + new.count()
+    }
+
+    /// Whether what is written can be read again.
+    pub fn keeps(&self) -> bool {
+        self.keeps
+    }
+
+    /// What a crash may forget, where a policy does not say.
+    pub fn durability(&self) -> Durability {
+        self.durability
+    }
+
+    /// Names this data directory; does not tell its secret.
+    pub fn truth_id(&self) -> String {
+        format!("{:?}", CellHasher::new(&self.secret, "", "").overflow(Some("truth")))
+    }
+
+    /// A policy of that name and these settings, managed by the Admin service. It goes on with what cells of
+    /// that name had spent.
+    pub fn put(
+        &self,
+        catalogue: &Catalogue,
+        name: &PolicyName,
+        settings: config::Policy,
+        now: Moment,
+    ) -> Change {
+        let at = Duration::from_nanos(now.wall.as_nanos());
+        let mut directory = self.directory.clone();
+        let configured = Configured {
+            settings: Arc::new(settings),
+            source: Source::Admin,
+            version: directory.next_version,
+            created: self.policies.get(name).map_or(at, |before| before.created),
+            updated: at,
+        };
+        directory.next_version += 1;
+        let known = |id: &LimiterId| self.limiters.get(id).cloned();
+        let next = &mut directory.next_limiter;
+        let settings = &configured.settings;
+        let limiters = limiters_of(name, settings, self.durability, known, next, now);
+
+        let slowed = limiters.values().filter(|known| self.keeps && known.is_turning_slow);
+        let slowed = slowed.map(|known| known.number).collect();
+        let mut writes =
+            vec![put(Keyspace::Meta, DIRECTORY.to_vec(), &directory), written(name, &configured)];
+        writes.extend(limiters.iter().map(|(id, known)| known.written(id)));
+        let former = catalogue.policy(name).map(|policy| &**policy);
+        let policy = named_policy(self, name, settings, &mut limiters.clone(), former);
+        let catalogue = catalogue.with(Arc::new(policy));
+        let (name, after) = (name.clone(), Some(configured));
+        Change { catalogue, writes, slowed, after, name, limiters, directory }
+    }
+
+    /// That policy no more. Its limiters stay, for the cells that they count.
+    pub fn delete(&self, catalogue: &Catalogue, name: &PolicyName) -> Change {
+        Change {
+            catalogue: catalogue.without(name),
+            writes: vec![deleted(name)],
+            slowed: HashSet::new(),
+            after: None,
+            name: name.clone(),
+            limiters: Limiters::new(),
+            directory: self.directory.clone(),
+        }
+    }
+
+    /// Makes a change that is on disk; the policies in force from here on.
+    pub fn make(&mut self, change: Change) -> Catalogue {
+        let Change { catalogue, name, after, limiters, directory, .. } = change;
+        if let Some(policy) = catalogue.policy(&name) {
+            self.budgets.insert(name.clone(), Arc::clone(&policy.budget));
+        }
+        match after {
+            Some(configured) => {
+                if let Some(budget) = self.budgets.get(&name) {
+                    budget.set_most(configured.settings.max_cells);
+                }
+                self.policies.insert(name, configured);
+            }
+            None => drop(self.policies.remove(&name)),
+        }
+        self.limiters.extend(limiters);
+        self.directory = directory;
+        catalogue
+    }
+
+    /// All cells of these limiters are on disk; what is to be written to say so.
+    pub fn written_down(&mut self, slowed: &HashSet<LimiterNumber>) -> Vec<Write> {
+        let known = self.limiters.iter_mut().filter(|(_, known)| slowed.contains(&known.number));
+        known
+            .map(|(id, known)| {
+                known.is_turning_slow = false;
+                known.written(id)
+            })
+            .collect()
+    }
+
+    /// Limiters that no policy has.
+    pub(crate) fn retired(&self) -> impl Iterator<Item = (&LimiterId, LimiterNumber)> {
+        let retired = self.limiters.iter().filter(|(_, known)| known.configured.is_none());
+        retired.map(|(id, known)| (id, known.number))
+    }
+
+    /// Limiters whose cells were not written in the last life until its clean stop.
+    pub(crate) fn were_fast(&self) -> HashSet<LimiterNumber> {
+        let fast = self.limiters.values().filter(|known| known.was_fast);
+        fast.map(|known| known.number).collect()
+    }
+
+    /// Forgets limiters that nothing is counted by.
+    pub(crate) fn forget(&mut self, done: &[LimiterId]) {
+        for id in done {
+            self.limiters.remove(id);
+        }
+    }
+}
+
+impl PolicyName {
+    /// A policy of a namespace.
+    pub fn new(namespace: &str, policy: &str) -> Self {
+        Self { namespace: namespace.into(), policy: policy.into() }
+    }
+
+    /// Names have no dots, so it is unambiguous.
+    fn to_key(&self) -> Vec<u8> {
+        format!("{}.{}", self.namespace, self.policy).into_bytes()
+    }
+}
+
+impl Configured {
+    /// What was written of a policy; `None` if the record makes no sense.
+    pub(crate) fn of(record: &PolicyRecord) -> Option<(PolicyName, Self)> {
+        let configured = Self {
+            settings: Arc::new(record.settings.parse().ok()?),
+            source: if record.made { Source::Admin } else { Source::File },
+            version: record.version,
+            created: Duration::from_nanos(record.created_nanos),
+            updated: Duration::from_nanos(record.updated_nanos),
+        };
+        Some((PolicyName::new(&record.namespace, &record.name), configured))
+    }
+}
+
+fn written(name: &PolicyName, configured: &Configured) -> Write {
+    let record = PolicyRecord {
+        namespace: name.namespace.to_string(),
+        name: name.policy.to_string(),
+        settings: configured.settings.to_string(),
+        version: configured.version,
+        created_nanos: saturating_nanos(configured.created),
+        updated_nanos: saturating_nanos(configured.updated),
+        made: configured.source == Source::Admin,
+    };
+    put(Keyspace::Made, name.to_key(), &record)
+}
+
+fn deleted(name: &PolicyName) -> Write {
+    Write { keyspace: Keyspace::Made, key: name.to_key(), value: None }
+}
+
+fn put(keyspace: Keyspace, key: Vec<u8>, record: &impl Message) -> Write {
+    Write { keyspace, key, value: Some(record.encode_to_vec()) }
+}
+
+impl LimiterId {
+    /// Names have no dots, and only keys have what ends them, so this one is unambiguous.
+    pub(crate) fn to_key(&self) -> Vec<u8> {
+        let Self { namespace, policy, keys, index } = self;
+        let rest = if (keys.as_str(), *index) == ("", 0) {
+            String::new()
+        } else {
+            format!(".{index}.{keys}")
+        };
+        format!("{namespace}.{policy}{rest}").into_bytes()
+    }
+
+    fn of(name: &PolicyName, keys: Option<&Keys>, index: usize) -> Self {
+        let keys = match keys {
+            None => String::new(),
+            Some(Keys::Exactly(key)) => format!("={key}"),
+            Some(Keys::Prefixed(prefix)) => format!("^{prefix}"),
+        };
+        let index = u32::try_from(index).unwrap_or(u32::MAX);
+        let (namespace, policy) = (name.namespace.to_string(), name.policy.to_string());
+        Self { namespace, policy, keys, index }
+    }
+
+    fn policy_name(&self) -> PolicyName {
+        PolicyName::new(&self.namespace, &self.policy)
+    }
+}
+
+impl Known {
+    /// A limiter as the last life had it; `None` if the record makes no sense. Where it was killed, nobody
+    /// knows what cells that are not written while they live had spent: all of it.
+    pub(crate) fn of(record: LimiterRecord, clean: bool, now: Moment) -> Option<(LimiterId, Self)> {
+        let mut settings = record.policy()?;
+        if record.fast && !clean {
+            settings = settings.emptied(now);
+        } else if settings.absent_full_at(now).is_some_and(|full_at| full_at <= now.time) {
+            settings.absent = None;
+        }
+        let LimiterRecord { namespace, name: policy, keys, index, number, fast, .. } = record;
+        let known = Self {
+            number: LimiterNumber(number),
+            settings,
+            was_fast: fast,
+            is_fast: fast,
+            is_turning_slow: false,
+            configured: None,
+        };
+        Some((LimiterId { namespace, policy, keys, index }, known))
+    }
+
+    fn written(&self, id: &LimiterId) -> Write {
+        let names = (id.namespace.as_str(), id.policy.as_str());
+        let keys = (id.keys.as_str(), id.index);
+        let fast = self.is_fast || self.is_turning_slow;
+        let record = LimiterRecord::of(names, keys, self.number, &self.settings, fast);
+        put(Keyspace::Policies, id.to_key(), &record)
+    }
+}
+
+/// Whether the cells of a limiter are not worth a write: a crash empties them, and soon they are full again.
+/// Permits are not: nobody else would know that they are held.
+fn is_fast(limit: &Limit) -> bool {
+    match limit {
+        Limit::RetryBudget(_) => true,
+        limit => limit.fills_in().is_some_and(|fills_in| fills_in <= limits::FAST_FILL),
+    }
+}
+
+/// The limiters of a policy under the numbers that their cells know, or the next ones.
+fn limiters_of(
+    name: &PolicyName,
+    policy: &config::Policy,
+    durability: Durability,
+    known: impl Fn(&LimiterId) -> Option<Known>,
+    next: &mut u32,
+    now: Moment,
+) -> Limiters {
+    let mut limiters = Limiters::new();
+    for (keys, index, LimitSettings { limit, .. }) in all_limits(policy) {
+        let max_debt = policy.max_debt_of(limit);
+        let id = LimiterId::of(name, keys, index);
+        // What only watches is not worth a write either.
+        let fast = is_fast(limit) || policy.shadow;
+        let mut one = known(&id).unwrap_or_else(|| {
+            let number = LimiterNumber(*next);
+            *next += 1;
+            Known {
+                number,
+                settings: fusebox_core::Policy::new(*limit, max_debt),
+                was_fast: false,
+                is_fast: fast,
+                is_turning_slow: false,
+                configured: None,
+            }
+        });
+        one.configured = Some(policy.durability.unwrap_or(durability));
+        if one.settings.limit != *limit {
+            one.settings = one.settings.changed(*limit, now);
+        }
+        one.settings.max_debt = max_debt;
+        one.is_turning_slow = (one.is_turning_slow || one.is_fast) && !fast;
+        one.is_fast = fast;
+        limiters.insert(id, one);
+    }
+    limiters
+}
+
+/// Every limit of a policy, and whose it is.
+fn all_limits(
+    policy: &config::Policy,
+) -> impl Iterator<Item = (Option<&Keys>, usize, &LimitSettings)> {
+    let own = policy.limits.iter().enumerate().map(|(index, limit)| (None, index, limit));
+    let others = policy.overrides.iter().flat_map(|one| {
+        one.limits.iter().enumerate().map(move |(index, limit)| (Some(&one.keys), index, limit))
+    });
+    own.chain(others)
+}
+
+/// A policy of the limiters that are its own, which goes on counting what `former` does.
+fn named_policy(
+    registry: &Registry,
+    name: &PolicyName,
+    policy: &config::Policy,
+    limiters: &mut Limiters,
+    former: Option<&Policy>,
+) -> Policy {
+    let cells = CellHasher::new(&registry.secret, &name.namespace, &name.policy);
+    let budget = registry.budgets.get(name).cloned();
+    let budget = budget.unwrap_or_else(|| Arc::new(Budget::new(policy.max_cells)));
+    let mut rules = |keys: Option<&Keys>, limits: &[LimitSettings], overflow| {
+        let limiters = limits.iter().enumerate().filter_map(|(index, settings)| {
+            let known = limiters.remove(&LimiterId::of(name, keys, index))?;
+            let almanac = settings.calendar.clone().map(Almanac::new);
+            Some(Arc::new(limiter(name, known, almanac, &budget, registry.keeps)))
+        });
+        Rules { limiters: limiters.collect::<ArrayVec<_, { limits::LIMITS }>>(), overflow }
+    };
+    let own = rules(None, &policy.limits, Some(cells.overflow(None)));
+    let mut overrides = Overrides::default();
+    for one in &policy.overrides {
+        match &one.keys {
+            Keys::Exactly(key) => {
+                let rules = rules(Some(&one.keys), &one.limits, None);
+                overrides.exact.insert(key.as_str().into(), rules);
+            }
+            Keys::Prefixed(prefix) => {
+                let overflow = cells.overflow(Some(prefix));
+                let rules = rules(Some(&one.keys), &one.limits, Some(overflow));
+                overrides.prefixes.push((prefix.as_str().into(), rules));
+            }
+        }
+    }
+    overrides.prefixes.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.len()));
+    let named = || Arc::new(Names::new(Arc::clone(&registry.named)));
+    Policy {
+        namespace: Arc::clone(&name.namespace),
+        name: Arc::clone(&name.policy),
+        rules: own,
+        overrides,
+        shadow: policy.shadow,
+        reserves: policy.reserves,
+        max_waiting: policy.max_waiting,
+        lease_time: policy.lease_time,
+        cells,
+        budget,
+        decisions: former.map(|former| Arc::clone(&former.decisions)).unwrap_or_default(),
+        top_keys: former.map_or_else(
+            || Arc::new(TopKeys::new(limits::TOP_KEYS)),
+            |former| Arc::clone(&former.top_keys),
+        ),
+        names: former.map_or_else(named, |former| Arc::clone(&former.names)),
+    }
+}
+
+fn limiter(
+    name: &PolicyName,
+    known: Known,
+    calendar: Option<Almanac>,
+    budget: &Arc<Budget>,
+    keeps: bool,
+) -> Limiter {
+    let keeping = match known.configured {
+        _ if !keeps || known.is_fast => Keeping::AtStop,
+        Some(Durability::Relaxed) => Keeping::Behind,
+        Some(Durability::Strict) | None => Keeping::Marked,
+    };
+    Limiter {
+        name: name.clone(),
+        number: known.number,
+        settings: known.settings,
+        keeping,
+        calendar,
+        budget: Arc::clone(budget),
+    }
+}
+
+impl fmt::Display for PolicyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.policy)
+    }
+}
