@@ -1,5 +1,6 @@
 //! The gRPC service: parses, asks the app, and answers.
 
+pub mod admin;
 pub mod calls;
 mod delivery;
 mod once;
@@ -40,15 +41,18 @@ impl Service {
 
     /// The app, and who calls it at this one moment.
     fn arrive(&self) -> Result<(&Arc<App>, Caller), Status> {
-        match (self.lifecycle.app(), self.lifecycle.phase()) {
-            (Some(app), Phase::Ready | Phase::Draining) => {
-                Ok((app, app.caller(Principal::Anonymous)))
-            }
-            (_, Phase::Failed) => Err(Status::unavailable(
-                "the storage failed, and nothing is admitted until the server restarts",
-            )),
-            _ => Err(Status::unavailable("starting: state is being recovered; try again soon")),
-        }
+        arrive(&self.lifecycle)
+    }
+}
+
+/// The app, if it answers, and who calls it at this one moment.
+fn arrive(lifecycle: &Lifecycle) -> Result<(&Arc<App>, Caller), Status> {
+    match (lifecycle.app(), lifecycle.phase()) {
+        (Some(app), Phase::Ready | Phase::Draining) => Ok((app, app.caller(Principal::Anonymous))),
+        (_, Phase::Failed) => Err(Status::unavailable(
+            "the storage failed, and nothing is admitted until the server restarts",
+        )),
+        _ => Err(Status::unavailable("starting: state is being recovered; try again soon")),
     }
 }
 

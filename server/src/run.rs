@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use fusebox_proto::v1::resilience_server::ResilienceServer;
+use fusebox_proto::v1::{admin_server::AdminServer, resilience_server::ResilienceServer};
 use thiserror::Error;
 use tokio::{
     net::TcpListener,
@@ -31,7 +31,7 @@ use crate::{
     clock::Clock,
     config::{Durability, Namespaces},
     entropy::Entropy,
-    grpc::{Answers, Service, calls::Calls},
+    grpc::{Answers, Service, admin::Admin, calls::Calls},
     lifecycle::Lifecycle,
     limits,
     metrics::Metrics,
@@ -103,7 +103,7 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     set_health(&health, ServingStatus::NotServing).await;
     let answers = Arc::new(Answers::new(parts.entropy.bytes16()));
     let service = Service::new(Arc::clone(&lifecycle), Arc::clone(&answers));
-    let routes = routes(health_service)?;
+    let routes = routes(health_service, Admin::new(Arc::clone(&lifecycle)))?;
     let calls = Calls::new(service, routes, Arc::clone(&parts.clock), &metrics, grpc.stop.clone());
     grpc.open(parts.listeners.grpc, move |port, stream| {
         accept::serve_grpc(port, stream, calls.clone())
@@ -187,8 +187,8 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     flushed.inspect(|()| tracing::info!("stopped"))
 }
 
-/// All services behind the gRPC port, but for our own.
-fn routes(health: HealthServer<impl Health>) -> Result<Routes, RunError> {
+/// All services behind the gRPC port, but for the one that nearly all calls are for.
+fn routes(health: HealthServer<impl Health>, admin: Admin) -> Result<Routes, RunError> {
     let descriptors = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(fusebox_proto::FILE_DESCRIPTOR_SET)
@@ -198,7 +198,9 @@ fn routes(health: HealthServer<impl Health>) -> Result<Routes, RunError> {
     };
     let reflection = descriptors().build_v1().map_err(internal)?;
     let reflection_alpha = descriptors().build_v1alpha().map_err(internal)?;
+    let admin = AdminServer::new(admin).max_decoding_message_size(limits::MESSAGE_BYTES);
     let routes = Routes::new(health.max_decoding_message_size(limits::MESSAGE_BYTES))
+        .add_service(admin)
         .add_service(reflection.max_decoding_message_size(limits::MESSAGE_BYTES))
         .add_service(reflection_alpha.max_decoding_message_size(limits::MESSAGE_BYTES));
     Ok(routes.prepare())
@@ -238,10 +240,11 @@ async fn tend_until(
     shutdown.cancelled().await;
 }
 
-/// Overall, and of our service: both names that a client may ask for.
+/// Overall, and of our services: all names that a client may ask for.
 async fn set_health(health: &HealthReporter, status: ServingStatus) {
     health.set_service_status("", status).await;
     health.set_service_status(<ResilienceServer<Service> as NamedService>::NAME, status).await;
+    health.set_service_status(<AdminServer<Admin> as NamedService>::NAME, status).await;
 }
 
 #[allow(clippy::needless_pass_by_value)] // so that `map_err` takes it as it is

@@ -38,10 +38,22 @@ struct Method {
 }
 
 /// Every method served, the hot one first.
-const METHODS: [Method; 8] = [
+const METHODS: [Method; 20] = [
     Method { name: "fusebox.v1.Resilience/Acquire", streams: false },
     Method { name: "fusebox.v1.Resilience/AcquireBatch", streams: false },
     Method { name: "fusebox.v1.Resilience/Report", streams: false },
+    Method { name: "fusebox.v1.Admin/PutPolicy", streams: false },
+    Method { name: "fusebox.v1.Admin/GetPolicy", streams: false },
+    Method { name: "fusebox.v1.Admin/ListPolicies", streams: false },
+    Method { name: "fusebox.v1.Admin/DeletePolicy", streams: false },
+    Method { name: "fusebox.v1.Admin/InspectBucket", streams: false },
+    Method { name: "fusebox.v1.Admin/ListBuckets", streams: false },
+    Method { name: "fusebox.v1.Admin/TopKeys", streams: false },
+    Method { name: "fusebox.v1.Admin/ResetBucket", streams: false },
+    Method { name: "fusebox.v1.Admin/ListClients", streams: false },
+    Method { name: "fusebox.v1.Admin/ReleaseGrant", streams: false },
+    Method { name: "fusebox.v1.Admin/ListEvents", streams: false },
+    Method { name: "fusebox.v1.Admin/ServerInfo", streams: false },
     Method { name: "grpc.health.v1.Health/Check", streams: false },
     Method { name: "grpc.health.v1.Health/Watch", streams: true },
     Method { name: "grpc.reflection.v1.ServerReflection/ServerReflectionInfo", streams: true },

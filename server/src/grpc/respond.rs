@@ -105,6 +105,7 @@ fn reason(reason: Reason) -> v1::Reason {
     }
 }
 
+/// A length of time.
 #[allow(clippy::cast_possible_wrap)]
 pub(super) fn duration(duration: Duration) -> prost_types::Duration {
     prost_types::Duration {

@@ -5,7 +5,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 use super::parse::in_entry;
 use crate::{
-    app::{AcquireError, ReportError},
+    app::{AcquireError, ReportError, admin::AdminError},
     limits,
     storage::StorageError,
 };
@@ -97,6 +97,21 @@ pub(super) fn report(error: &ReportError) -> Status {
     match error {
         ReportError::UnknownNamespace(namespace) => not_found("namespace", namespace, None),
         ReportError::Storage(error) => storage(error),
+    }
+}
+
+/// The status of what an operator asked for and was not done.
+pub(super) fn admin(error: &AdminError) -> Status {
+    match error {
+        AdminError::UnknownNamespace(namespace) => not_found("namespace", namespace, None),
+        AdminError::UnknownPolicy(name) => not_found("policy", &name.policy, None),
+        AdminError::UnknownGrant(id) => not_found("grant", id, None),
+        AdminError::ManagedByFile(_) => Status::failed_precondition(error.to_string()),
+        AdminError::Conflict { .. } => Status::aborted(error.to_string()),
+        AdminError::TooManyPolicies | AdminError::TooManyLimiters => {
+            Status::resource_exhausted(error.to_string())
+        }
+        AdminError::Storage(error) => storage(error),
     }
 }
 

@@ -1,0 +1,104 @@
+//! Lists in pages: where one begins, and what asks for the next.
+
+use std::hash::Hasher;
+
+use siphasher::sip::SipHasher24;
+
+use crate::{grpc::status::Refusal, limits};
+
+/// One page of a list.
+pub(super) struct Page {
+    /// Entries of it, at most.
+    pub(super) count: usize,
+    /// The last entry of the page before; `None` of the first page.
+    pub(super) after: Option<String>,
+    /// Of what it is a list.
+    scope: u64,
+}
+
+impl Page {
+    /// The page that a request asks for, of a list of what `scope` says.
+    pub(super) fn of(refusal: &mut Refusal, size: u32, token: &str, scope: &[&str]) -> Self {
+        let count = usize::try_from(size).unwrap_or(usize::MAX);
+        if count > limits::PAGE_MOST {
+            let most = limits::PAGE_MOST;
+            refusal.violation("page_size", format!("{count} entries; at most {most}"));
+        }
+        let count = if count == 0 { limits::PAGE } else { count.min(limits::PAGE_MOST) };
+        let mut hasher = SipHasher24::new();
+        for part in scope {
+            hasher.write_usize(part.len());
+            hasher.write(part.as_bytes());
+        }
+        let scope = hasher.finish();
+        let after = token.strip_prefix(&format!("{scope:016x}")).map(str::to_owned);
+        if !token.is_empty() && (after.is_none() || token.len() > limits::PAGE_TOKEN_BYTES) {
+            let message =
+                "not the `next_page_token` of a page of this list: leave it empty for the first";
+            refusal.violation("page_token", message);
+        }
+        Self { count, after, scope }
+    }
+
+    /// One more than the page has, to know whether there is another.
+    pub(super) fn more(&self) -> usize {
+        self.count + 1
+    }
+
+    /// The entries of the page, and what asks for the next: empty if there is none.
+    pub(super) fn cut<T>(
+        &self,
+        mut entries: Vec<T>,
+        name: impl FnOnce(&T) -> String,
+    ) -> (Vec<T>, String) {
+        if entries.len() <= self.count {
+            return (entries, String::new());
+        }
+        entries.truncate(self.count);
+        let token = entries.last().map(|last| self.token(&name(last)));
+        (entries, token.unwrap_or_default())
+    }
+
+    /// What asks for the page after that entry.
+    pub(super) fn token(&self, last: &str) -> String {
+        format!("{:016x}{last}", self.scope)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(size: u32, token: &str, scope: &[&str]) -> Result<Page, Refusal> {
+        let mut refusal = Refusal::default();
+        let page = Page::of(&mut refusal, size, token, scope);
+        refusal.or_else(|| page)
+    }
+
+    #[test]
+    fn the_next_page_goes_on_after_the_last_entry_of_the_same_list() {
+        let first = page(2, "", &["list", "a"]).unwrap();
+        assert_eq!(first.after, None);
+        let (entries, token) = first.cut(vec!["", "é", "z"], |last| (*last).to_owned());
+        assert_eq!(entries, ["", "é"]);
+        let second = page(2, &token, &["list", "a"]).unwrap();
+        assert_eq!(second.after.as_deref(), Some("é"));
+        let (entries, token) = second.cut(vec!["z"], |last| (*last).to_owned());
+        assert_eq!((entries, token.as_str()), (vec!["z"], ""));
+        // Also where the entry is the empty one.
+        assert_eq!(page(2, &first.token(""), &["list", "a"]).unwrap().after.as_deref(), Some(""));
+    }
+
+    #[test]
+    fn what_is_not_of_this_list_is_refused() {
+        let token = page(2, "", &["list", "a"]).unwrap().token("x");
+        for scope in [&["list", "b"][..], &["lista"], &["list"], &["lis", "ta"]] {
+            assert!(page(2, &token, scope).is_err(), "{scope:?}");
+        }
+        let long = page(2, "", &[]).unwrap().token(&"x".repeat(limits::PAGE_TOKEN_BYTES));
+        assert!(page(2, &long, &[]).is_err());
+        assert!(page(2, "nonsense", &[]).is_err());
+        assert!(page(1_001, "", &[]).is_err());
+        assert_eq!(page(0, "", &[]).unwrap().count, limits::PAGE);
+    }
+}

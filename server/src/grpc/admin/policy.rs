@@ -1,0 +1,494 @@
+//! Policies on the wire, and as a configuration file has them.
+
+use std::{fmt, time::Duration};
+
+use fusebox_core::{Concurrency, Limit, RetryBudget, SlidingWindow, TokenBucket, WindowLimit};
+use fusebox_proto::v1::{self, CalendarUnit, limit, policy, policy_override};
+
+use crate::{
+    calendar::{Calendar, Every},
+    catalogue::Reserves,
+    config::{Durability, Keys, LimitSettings, Override, Policy},
+    grpc::{respond::duration, status::Refusal},
+    limits,
+};
+
+/// Every kind of limiter that a message may have in one of its places.
+enum Kind {
+    TokenBucket(v1::TokenBucket),
+    SlidingWindow(v1::SlidingWindow),
+    FixedWindow(v1::FixedWindow),
+    CalendarWindow(v1::CalendarWindow),
+    Concurrency(v1::Concurrency),
+    RetryBudget(v1::RetryBudget),
+    Limits(v1::Limits),
+}
+
+/// The places, each with those kinds that may be there.
+macro_rules! places {
+    ($($place:path => $back:ident: $($kind:ident)*;)*) => {
+        $(impl From<$place> for Kind {
+            fn from(kind: $place) -> Self {
+                use $place as Place;
+                match kind { $(Place::$kind(settings) => Self::$kind(settings),)* }
+            }
+        })*
+
+        impl Kind {
+            $(fn $back(self) -> Option<$place> {
+                use $place as Place;
+                #[allow(unreachable_patterns)] // where every kind may be
+                match self {
+                    $(Self::$kind(settings) => Some(Place::$kind(settings)),)*
+                    _ => None,
+                }
+            })*
+        }
+    };
+}
+
+places! {
+    policy::Kind => of_policy: TokenBucket SlidingWindow FixedWindow CalendarWindow Concurrency RetryBudget Limits;
+    policy_override::Kind => of_override: TokenBucket SlidingWindow FixedWindow CalendarWindow Concurrency RetryBudget Limits;
+    limit::Kind => of_limit: TokenBucket SlidingWindow FixedWindow CalendarWindow;
+}
+
+/// The settings that a message says; `None` if something about them is refused.
+pub(super) fn settings(refusal: &mut Refusal, message: &v1::Policy) -> Option<Policy> {
+    let path = "policy";
+    refusal.unsupported(message.on_unreachable != 0, || format!("{path}.on_unreachable"));
+    let limits = limits_of(refusal, path, message.kind.clone().map(Kind::from));
+    let durability = match v1::Durability::try_from(message.durability) {
+        Ok(v1::Durability::Unspecified) => None,
+        Ok(v1::Durability::Strict) => Some(Durability::Strict),
+        Ok(v1::Durability::Relaxed) => Some(Durability::Relaxed),
+        Err(_) => {
+            refusal.violation(format!("{path}.durability"), "not a durability");
+            None
+        }
+    };
+    let lease_time = optional(refusal, || format!("{path}.lease_time"), message.lease_time);
+    let mut overrides = Vec::new();
+    for (index, message) in message.overrides.iter().enumerate() {
+        if refusal.is_full() {
+            break;
+        }
+        overrides.extend(override_of(refusal, &format!("{path}.overrides[{index}]"), message));
+    }
+    let mut policy = Policy::new(limits?);
+    policy.overrides = overrides;
+    policy.shadow = message.shadow;
+    policy.durability = durability;
+    policy.max_debt = message.max_debt;
+    let count = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
+    policy.max_cells = message.max_cells.map_or(policy.max_cells, count);
+    policy.max_waiting = message.max_waiting.map_or(policy.max_waiting, |most| count(most.into()));
+    policy.lease_time = lease_time.unwrap_or(policy.lease_time);
+    if let Some(reserves) = &message.reserves {
+        let share = |basis_points| u16::try_from(basis_points).unwrap_or(u16::MAX);
+        policy.reserves = Reserves {
+            critical_basis_points: share(reserves.critical_basis_points),
+            normal_basis_points: share(reserves.normal_basis_points),
+        };
+    }
+    policy.check().map_err(|message| wrong(refusal, path, message)).ok()?;
+    Some(policy)
+}
+
+/// The message that says those settings: put again, it changes nothing.
+pub(super) fn message(policy: &Policy) -> v1::Policy {
+    let reserves = policy.reserves;
+    v1::Policy {
+        kind: kind_of(&policy.limits).of_policy(),
+        shadow: policy.shadow,
+        overrides: policy.overrides.iter().map(override_message).collect(),
+        reserves: (reserves != Reserves::default()).then(|| v1::Reserves {
+            critical_basis_points: reserves.critical_basis_points.into(),
+            normal_basis_points: reserves.normal_basis_points.into(),
+        }),
+        on_unreachable: 0,
+        durability: policy.durability.map(durability_message).unwrap_or_default().into(),
+        max_cells: Some(policy.max_cells as u64),
+        max_debt: policy.max_debt,
+        lease_time: Some(duration(policy.lease_time)),
+        max_waiting: u32::try_from(policy.max_waiting).ok(),
+    }
+}
+
+/// What a crash may forget, on the wire.
+pub(super) fn durability_message(durability: Durability) -> v1::Durability {
+    match durability {
+        Durability::Strict => v1::Durability::Strict,
+        Durability::Relaxed => v1::Durability::Relaxed,
+    }
+}
+
+fn override_of(
+    refusal: &mut Refusal,
+    path: &str,
+    message: &v1::PolicyOverride,
+) -> Option<Override> {
+    use policy_override::Selector;
+    let limits = limits_of(refusal, path, message.kind.clone().map(Kind::from));
+    let keys = match &message.selector {
+        Some(Selector::Key(key)) => Keys::Exactly(key.clone()),
+        Some(Selector::Prefix(prefix)) if prefix.is_empty() => {
+            let message = "every key begins with nothing: that is the policy's own limiter";
+            refusal.violation(format!("{path}.prefix"), message);
+            return None;
+        }
+        Some(Selector::Prefix(prefix)) => Keys::Prefixed(prefix.clone()),
+        None => {
+            refusal.violation(path, "either a `key` or a `prefix` is needed");
+            return None;
+        }
+    };
+    Some(Override { keys, limits: limits? })
+}
+
+fn override_message(one: &Override) -> v1::PolicyOverride {
+    use policy_override::Selector;
+    let selector = match &one.keys {
+        Keys::Exactly(key) => Selector::Key(key.clone()),
+        Keys::Prefixed(prefix) => Selector::Prefix(prefix.clone()),
+    };
+    v1::PolicyOverride { selector: Some(selector), kind: kind_of(&one.limits).of_override() }
+}
+
+/// The limits of a policy or an override: one, or those of a list.
+fn limits_of(refusal: &mut Refusal, path: &str, kind: Option<Kind>) -> Option<Vec<LimitSettings>> {
+    let list = match kind {
+        Some(Kind::Limits(v1::Limits { limits })) => limits,
+        Some(one) => return Some(vec![limit_of(refusal, path, one)?]),
+        None => {
+            refusal.violation(path, "a limiter is needed, such as `token_bucket`");
+            return None;
+        }
+    };
+    let path = format!("{path}.limits.limits");
+    if list.is_empty() || list.len() > limits::LIMITS {
+        let (count, most) = (list.len(), limits::LIMITS);
+        refusal.violation(path, format!("{count} limits; 1 to {most} are needed"));
+        return None;
+    }
+    let mut limits = Vec::new();
+    for (index, v1::Limit { kind }) in list.into_iter().enumerate() {
+        let path = format!("{path}[{index}]");
+        match kind {
+            Some(kind) => limits.push(limit_of(refusal, &path, kind.into())),
+            None => {
+                refusal.violation(path, "a limiter is needed, such as `token_bucket`");
+                limits.push(None);
+            }
+        }
+    }
+    limits.into_iter().collect()
+}
+
+fn kind_of(limits: &[LimitSettings]) -> Kind {
+    match limits {
+        [one] => limit_message(one),
+        several => Kind::Limits(v1::Limits {
+            limits: several
+                .iter()
+                .map(|one| v1::Limit { kind: limit_message(one).of_limit() })
+                .collect(),
+        }),
+    }
+}
+
+/// One limit, by the constructors that also a configuration file goes through.
+fn limit_of(refusal: &mut Refusal, path: &str, kind: Kind) -> Option<LimitSettings> {
+    let mut fields = Fields { refusal, path: String::new() };
+    let mut at = |name: &str| fields.path = format!("{path}.{name}");
+    let (limit, calendar) = match kind {
+        Kind::TokenBucket(v1::TokenBucket { limit, per, burst }) => {
+            at("token_bucket");
+            let (limit, per) = (fields.limit(limit), fields.per(per));
+            let (limit, per) = (limit?, per?);
+            let bucket = TokenBucket::new(limit, per, burst.unwrap_or(limit));
+            (fields.right(bucket.map(Limit::TokenBucket))?, None)
+        }
+        Kind::SlidingWindow(v1::SlidingWindow { limit, per }) => {
+            at("sliding_window");
+            let (limit, per) = (fields.limit(limit), fields.per(per));
+            let window = SlidingWindow::new(limit?, per?);
+            (fields.right(window.map(Limit::SlidingWindow))?, None)
+        }
+        Kind::FixedWindow(v1::FixedWindow { limit, per }) => {
+            at("fixed_window");
+            let (limit, per) = (fields.limit(limit), fields.per(per));
+            let window = WindowLimit::fixed(limit?, per?);
+            (fields.right(window.map(Limit::Window))?, None)
+        }
+        Kind::CalendarWindow(v1::CalendarWindow { limit, every, time_zone }) => {
+            at("calendar_window");
+            let (limit, every) = (fields.limit(limit), fields.every(every));
+            let (limit, every) = (limit?, every?);
+            let zone = if time_zone.is_empty() { "UTC" } else { time_zone.as_str() };
+            let calendar = fields.zone(Calendar::new(every, zone))?;
+            let window = WindowLimit::calendar(limit, every.longest());
+            (fields.right(window.map(Limit::Window))?, Some(calendar))
+        }
+        Kind::Concurrency(v1::Concurrency { limit, ttl }) => {
+            at("concurrency");
+            let (limit, ttl) = (fields.limit(limit), fields.ttl(ttl));
+            let permits = Concurrency::new(limit?, ttl?);
+            (fields.right(permits.map(Limit::Concurrency))?, None)
+        }
+        Kind::RetryBudget(v1::RetryBudget { ratio_basis_points, min_per_second, ttl }) => {
+            at("retry_budget");
+            let (ratio, ttl) = (fields.per_mille(ratio_basis_points), fields.ttl(ttl));
+            let budget = RetryBudget::new(ratio?, min_per_second.unwrap_or(10), ttl?);
+            (fields.right(budget.map(Limit::RetryBudget))?, None)
+        }
+        // Only in a list, and lists have no lists.
+        Kind::Limits(_) => return None,
+    };
+    Some(LimitSettings { limit, calendar })
+}
+
+fn limit_message(LimitSettings { limit, calendar }: &LimitSettings) -> Kind {
+    match (limit, calendar) {
+        (Limit::TokenBucket(bucket), _) => Kind::TokenBucket(v1::TokenBucket {
+            limit: Some(bucket.limit()),
+            per: Some(duration(bucket.per())),
+            burst: Some(bucket.burst()),
+        }),
+        (Limit::SlidingWindow(window), _) => Kind::SlidingWindow(v1::SlidingWindow {
+            limit: Some(window.limit()),
+            per: Some(duration(window.per())),
+        }),
+        (Limit::Window(window), None) => Kind::FixedWindow(v1::FixedWindow {
+            limit: Some(window.limit()),
+            per: Some(duration(window.longest())),
+        }),
+        (Limit::Window(window), Some(calendar)) => {
+            let every = match calendar.every() {
+                Every::Day => CalendarUnit::Day,
+                Every::Week => CalendarUnit::Week,
+                Every::Month => CalendarUnit::Month,
+                Every::Year => CalendarUnit::Year,
+            };
+            Kind::CalendarWindow(v1::CalendarWindow {
+                limit: Some(window.limit()),
+                every: every.into(),
+                time_zone: calendar.time_zone().to_owned(),
+            })
+        }
+        (Limit::Concurrency(permits), _) => Kind::Concurrency(v1::Concurrency {
+            limit: Some(permits.limit()),
+            ttl: Some(duration(permits.ttl())),
+        }),
+        (Limit::RetryBudget(budget), _) => Kind::RetryBudget(v1::RetryBudget {
+            ratio_basis_points: Some(u32::from(budget.ratio_per_mille()) * 10),
+            min_per_second: Some(budget.min_per_second()),
+            ttl: Some(duration(budget.ttl())),
+        }),
+    }
+}
+
+/// The fields of one limiter, and what is wrong with them.
+struct Fields<'a> {
+    refusal: &'a mut Refusal,
+    path: String,
+}
+
+impl Fields<'_> {
+    fn limit(&mut self, limit: Option<u64>) -> Option<u64> {
+        if limit.is_none() {
+            self.wrong("limit", "required; an explicit 0 denies all");
+        }
+        limit
+    }
+
+    fn per(&mut self, per: Option<prost_types::Duration>) -> Option<Duration> {
+        if per.is_none() {
+            self.wrong("per", "required: the period, such as `60s`");
+        }
+        let path = &self.path;
+        optional(self.refusal, || format!("{path}.per"), per)
+    }
+
+    fn ttl(&mut self, ttl: Option<prost_types::Duration>) -> Option<Duration> {
+        if ttl.is_none() {
+            return Some(Duration::from_secs(10));
+        }
+        let path = &self.path;
+        optional(self.refusal, || format!("{path}.ttl"), ttl)
+    }
+
+    fn every(&mut self, every: i32) -> Option<Every> {
+        match CalendarUnit::try_from(every) {
+            Ok(CalendarUnit::Day) => Some(Every::Day),
+            Ok(CalendarUnit::Week) => Some(Every::Week),
+            Ok(CalendarUnit::Month) => Some(Every::Month),
+            Ok(CalendarUnit::Year) => Some(Every::Year),
+            Ok(CalendarUnit::Unspecified) | Err(_) => {
+                self.wrong("every", "required: a day, a week, a month or a year");
+                None
+            }
+        }
+    }
+
+    fn zone<E: fmt::Display>(&mut self, calendar: Result<Calendar, E>) -> Option<Calendar> {
+        calendar.map_err(|error| self.wrong("time_zone", error.to_string())).ok()
+    }
+
+    fn per_mille(&mut self, basis_points: Option<u32>) -> Option<u16> {
+        let ratio = basis_points.unwrap_or(2_000);
+        if ratio > 10_000 || ratio % 10 != 0 {
+            let message = format!("{ratio} basis points; 0 to 10,000 are needed, in tens");
+            self.wrong("ratio_basis_points", message);
+            return None;
+        }
+        u16::try_from(ratio / 10).ok()
+    }
+
+    /// What a constructor makes of them, or why it does not.
+    fn right<E: fmt::Display>(&mut self, limit: Result<Limit, E>) -> Option<Limit> {
+        limit.map_err(|error| wrong(self.refusal, &self.path, error.to_string())).ok()
+    }
+
+    fn wrong(&mut self, field: &str, message: impl Into<String>) {
+        self.refusal.violation(format!("{}.{field}", self.path), message);
+    }
+}
+
+/// A length of time that may be left out.
+fn optional(
+    refusal: &mut Refusal,
+    field: impl FnOnce() -> String,
+    time: Option<prost_types::Duration>,
+) -> Option<Duration> {
+    let parsed = Duration::try_from(time?);
+    parsed.map_err(|_| refusal.violation(field(), "a length of time is not negative")).ok()
+}
+
+/// Notes what validation said; it names the field first, in backticks.
+fn wrong(refusal: &mut Refusal, path: &str, message: String) {
+    let field = message.strip_prefix('`').and_then(|rest| rest.split_once('`'));
+    let path = field.map_or_else(|| path.to_owned(), |(field, _)| format!("{path}.{field}"));
+    refusal.violation(path, message);
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::{Code, Status};
+
+    use super::*;
+
+    const EVERY_KIND: [&str; 10] = [
+        "{token_bucket: {limit: 5, per: 60s}}",
+        "{token_bucket: {limit: 5, per: 1ns, burst: 9}, max_debt: 0, shadow: true}",
+        "{sliding_window: {limit: 5, per: 2s}, durability: relaxed, max_cells: 7}",
+        "{fixed_window: {limit: 5, per: 365d}, lease_time: 100ms}",
+        "{calendar_window: {limit: 5, every: month, time_zone: Europe/Berlin}}",
+        "{concurrency: {limit: 5, ttl: 1m}, max_waiting: 0}",
+        "{retry_budget: {ratio: 12.5%, min_per_second: 0, ttl: 1s}}",
+        "{limits: [{token_bucket: {limit: 5, per: 1s}}, {calendar_window: {limit: 9, every: day}}]}",
+        "{token_bucket: {limit: 0, per: 1s}, reserves: {critical: 20%, normal: 0.5%}}",
+        "{token_bucket: {limit: 1, per: 1s}, overrides: [{key: '', fixed_window: {limit: 1, per: 1h}},
+          {prefix: b/, limits: [{token_bucket: {limit: 1, per: 1s}}, {sliding_window: {limit: 1, per: 1s}}]}]}",
+    ];
+
+    #[test]
+    fn what_is_told_of_a_policy_puts_the_same() {
+        for text in EVERY_KIND {
+            let policy: Policy = text.parse().unwrap();
+            let mut refusal = Refusal::default();
+            let put = settings(&mut refusal, &message(&policy));
+            assert_eq!(put.as_ref(), Some(&policy), "{text}: {refusal:?}");
+            assert_eq!(policy.to_string().parse(), Ok(policy), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_has_the_default_of_a_file() {
+        let message = |kind| v1::Policy { kind: Some(kind), ..Default::default() };
+        let minute = Some(duration(Duration::from_secs(60)));
+        for (kind, text) in [
+            (
+                policy::Kind::TokenBucket(v1::TokenBucket {
+                    limit: Some(5),
+                    per: minute,
+                    burst: None,
+                }),
+                "{token_bucket: {limit: 5, per: 60s}}",
+            ),
+            (
+                policy::Kind::Concurrency(v1::Concurrency { limit: Some(5), ttl: None }),
+                "{concurrency: {limit: 5}}",
+            ),
+            (policy::Kind::RetryBudget(v1::RetryBudget::default()), "{retry_budget: {}}"),
+            (
+                policy::Kind::CalendarWindow(v1::CalendarWindow {
+                    limit: Some(5),
+                    every: 1,
+                    time_zone: String::new(),
+                }),
+                "{calendar_window: {limit: 5, every: day}}",
+            ),
+        ] {
+            let put = settings(&mut Refusal::default(), &message(kind));
+            assert_eq!(put, Some(text.parse().unwrap()), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_mistake_is_told_by_field() {
+        let good: Policy = "{token_bucket: {limit: 5, per: 60s}}".parse().unwrap();
+        let with = |change: fn(&mut v1::Policy)| {
+            let mut message = message(&good);
+            change(&mut message);
+            let mut refusal = Refusal::default();
+            assert_eq!(settings(&mut refusal, &message), None);
+            Status::from(refusal)
+        };
+        fn bucket(limit: Option<u64>, seconds: i64, burst: Option<u64>) -> Option<policy::Kind> {
+            let per = Some(prost_types::Duration { seconds, nanos: 0 });
+            Some(policy::Kind::TokenBucket(v1::TokenBucket { limit, per, burst }))
+        }
+        let wrong: [(fn(&mut v1::Policy), &str); 12] = [
+            (|policy| policy.kind = None, "policy: a limiter"),
+            (|policy| policy.kind = bucket(None, 1, None), "policy.token_bucket.limit: required"),
+            (|policy| policy.kind = bucket(Some(1), -1, None), "policy.token_bucket.per: "),
+            (
+                |policy| policy.kind = bucket(Some(1), 400 * 86_400, None),
+                "policy.token_bucket.per: ",
+            ),
+            (|policy| policy.kind = bucket(Some(1), 1, Some(0)), "policy.token_bucket.burst: "),
+            (|policy| policy.max_cells = Some(0), "policy.max_cells: "),
+            (|policy| policy.max_debt = Some(u64::MAX), "policy.max_debt: "),
+            (|policy| policy.max_waiting = Some(10_001), "policy.max_waiting: "),
+            (|policy| policy.lease_time = Some(duration(Duration::ZERO)), "policy.lease_time: "),
+            (|policy| policy.durability = 7, "policy.durability: "),
+            (
+                |policy| {
+                    let share =
+                        v1::Reserves { critical_basis_points: 70_000, normal_basis_points: 0 };
+                    policy.reserves = Some(share);
+                },
+                "policy.reserves: ",
+            ),
+            (
+                |policy| policy.overrides = vec![v1::PolicyOverride::default()],
+                "policy.overrides[0]: ",
+            ),
+        ];
+        for (change, message) in wrong {
+            let status = with(change);
+            assert_eq!(status.code(), Code::InvalidArgument);
+            assert!(status.message().starts_with(message), "{message}: {}", status.message());
+        }
+        let status = {
+            let mut message = message(&good);
+            message.on_unreachable = 1;
+            let mut refusal = Refusal::default();
+            settings(&mut refusal, &message);
+            Status::from(refusal)
+        };
+        assert_eq!(status.code(), Code::Unimplemented);
+        assert!(status.message().starts_with("policy.on_unreachable: "));
+    }
+}
