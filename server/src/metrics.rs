@@ -20,6 +20,7 @@ use prometheus::{Histogram, HistogramOpts, HistogramVec, Registry, TextEncoder};
 use tonic::Code;
 
 use crate::{
+    catalogue::Budget,
     counters::{Connections, DECISION_LABELS, Disk},
     lifecycle::Lifecycle,
     limits,
@@ -58,7 +59,12 @@ impl Metrics {
             .with_resource(Resource::builder().with_service_name("fusebox").build())
             .with_view(|instrument: &Instrument| {
                 let series = limits::POLICIES * DECISION_LABELS.len();
-                let per_policy = ["fusebox_decisions", "fusebox_debt_dropped_tokens"];
+                let per_policy = [
+                    "fusebox_decisions",
+                    "fusebox_debt_dropped_tokens",
+                    "fusebox_policy_cells",
+                    "fusebox_policy_overflow_cells",
+                ];
                 per_policy
                     .contains(&instrument.name())
                     .then(|| Stream::builder().with_cardinality_limit(series).build().ok())?
@@ -214,6 +220,19 @@ fn observe(
         })
         .build();
 
+    observe_cells(&meter, lifecycle);
+
+    let state = Arc::clone(lifecycle);
+    meter
+        .u64_observable_gauge("fusebox_events")
+        .with_description("Events of the audit trail that are remembered")
+        .with_callback(move |observer| {
+            if let Some(app) = state.app() {
+                observer.observe(app.event_count() as u64, &[]);
+            }
+        })
+        .build();
+
     observe_disk(&meter, lifecycle);
 
     let ports = connections.to_vec();
@@ -239,6 +258,36 @@ fn observe(
             }
         })
         .build();
+}
+
+/// The cells of each policy.
+fn observe_cells(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
+    type Read = fn(&Budget) -> usize;
+    let gauges: [(_, _, Read); 2] = [
+        ("fusebox_policy_cells", "Cells of a policy that live", Budget::live),
+        (
+            "fusebox_policy_overflow_cells",
+            "Of those, shared by keys past `max_cells`: above 0, some keys are not told apart",
+            Budget::overflow_cells,
+        ),
+    ];
+    for (name, description, read) in gauges {
+        let state = Arc::clone(lifecycle);
+        meter
+            .u64_observable_gauge(name)
+            .with_description(description)
+            .with_callback(move |observer| {
+                let Some(app) = state.app() else { return };
+                for policy in app.catalogue().policies() {
+                    let labels = [
+                        KeyValue::new("namespace", Arc::clone(&policy.namespace)),
+                        KeyValue::new("policy", Arc::clone(&policy.name)),
+                    ];
+                    observer.observe(read(&policy.budget) as u64, &labels);
+                }
+            })
+            .build();
+    }
 }
 
 fn observe_disk(meter: &Meter, lifecycle: &Arc<Lifecycle>) {

@@ -27,8 +27,9 @@ pub fn difference(before: Option<&Policy>, after: Option<&Policy>) -> Vec<Differ
     let mut after = after.map(settings).unwrap_or_default();
     let mut different = Vec::new();
     for (field, before) in before {
-        let after = after.remove(&field).unwrap_or_default();
-        if before != after {
+        let after = after.remove(&field);
+        if after.as_ref() != Some(&before) {
+            let after = after.unwrap_or_default();
             different.push(Difference { field, before, after });
         }
     }
@@ -54,6 +55,7 @@ fn settings(policy: &Policy) -> BTreeMap<String, String> {
 
 /// What YAML can say of a policy.
 enum Written {
+    Nothing,
     Fields(BTreeMap<String, Written>),
     List(Vec<Written>),
     One(String),
@@ -62,6 +64,7 @@ enum Written {
 impl Written {
     fn flatten(self, path: String, settings: &mut BTreeMap<String, String>) {
         match self {
+            Self::Nothing => {}
             Self::One(value) => drop(settings.insert(path, value)),
             Self::List(list) => {
                 for (index, one) in list.into_iter().enumerate() {
@@ -110,7 +113,7 @@ impl<'de> Visitor<'de> for Reader {
     }
 
     fn visit_unit<E: Error>(self) -> Result<Written, E> {
-        Ok(Written::One(String::new()))
+        Ok(Written::Nothing)
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Written, A::Error> {
@@ -165,6 +168,7 @@ mod tests {
         assert_eq!(of("limits[1].fixed_window.per"), Some(("", "1h")));
         assert_eq!(of("overrides[0].key"), Some(("", "1")));
         assert_eq!(of("lease_time"), Some(("", "1s")));
+        assert_eq!(of("max_debt"), None);
         assert_eq!(difference(Some(&after), None).len(), different.len());
     }
 }

