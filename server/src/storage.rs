@@ -77,6 +77,13 @@ pub trait Storage: Send + Sync + 'static {
     /// If they cannot be queued.
     fn note(&self, writes: Vec<Write>) -> Result<Answer<()>, StorageError>;
 
+    /// Writes a cell as it is, so that a crash no longer forgets what came back to it; when that is on disk is
+    /// in the answer. One that is not kept on disk is not written.
+    ///
+    /// # Errors
+    /// If nothing is written any more.
+    fn write_out(&self, cell: CellId) -> Result<Answer<()>, StorageError>;
+
     /// Writes down some cells of limiters that were not kept on disk so far; `None` if none is left in that
     /// part of all cells. There are [`CELL_SHARDS`](crate::limits::CELL_SHARDS) of them.
     ///

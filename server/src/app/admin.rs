@@ -449,11 +449,13 @@ impl App {
         let catalogue = self.catalogue.load_full();
         let policy = self.asked(&catalogue, name)?;
         let (cell, before) = self.bucket(&catalogue, policy, key, now);
-        let mut answers = ArrayVec::<_, { limits::LIMITS }>::new();
+        let mut answers = Vec::with_capacity(2 * limits::LIMITS);
         for (index, limiter) in policy.rules_of(key).limiters.iter().enumerate() {
             let judge = Judge { limiter, catalogue: &catalogue };
             let mut reset = |cell| Some(limiter.settings.reset(cell, now));
-            answers.push(self.storage.change(cell.of_limit(index), judge, &mut reset, now)?);
+            let cell = cell.of_limit(index);
+            answers.push(self.storage.change(cell, judge, &mut reset, now)?.map(drop));
+            answers.push(self.storage.write_out(cell)?);
         }
         let (_, after) = self.bucket(&catalogue, policy, key, now);
         let event = events::Change {

@@ -19,6 +19,7 @@ use crate::limits;
 #[derive(Debug)]
 pub struct Names {
     shards: [Mutex<Shard>; limits::NAME_SHARDS],
+    count: AtomicUsize,
     /// Of all policies.
     taken: Arc<AtomicUsize>,
 }
@@ -33,7 +34,7 @@ struct Shard {
 impl Names {
     /// None yet; `taken` counts those of all policies.
     pub fn new(taken: Arc<AtomicUsize>) -> Self {
-        Self { shards: Default::default(), taken }
+        Self { shards: Default::default(), count: AtomicUsize::new(0), taken }
     }
 
     /// Remembers the key of a cell, if there is room.
@@ -44,6 +45,7 @@ impl Names {
         }
         if self.taken.fetch_add(1, Ordering::Relaxed) < limits::NAMES {
             shard.cells.insert(key.into(), cell);
+            self.count.fetch_add(1, Ordering::Relaxed);
         } else {
             self.taken.fetch_sub(1, Ordering::Relaxed);
         }
@@ -51,7 +53,7 @@ impl Names {
 
     /// Keys that are remembered.
     pub fn len(&self) -> usize {
-        self.shards.iter().map(|shard| shard.lock().cells.len()).sum()
+        self.count.load(Ordering::Relaxed)
     }
 
     /// Whether there are none.
@@ -98,6 +100,7 @@ impl Names {
         for key in &gone {
             cells.remove(key);
         }
+        self.count.fetch_sub(gone.len(), Ordering::Relaxed);
         self.taken.fetch_sub(gone.len(), Ordering::Relaxed);
     }
 }

@@ -225,7 +225,9 @@ impl Registry {
             let settings = &configured.settings;
             let known = |id: &LimiterId| self.limiters.get(id).cloned();
             let next = &mut self.directory.next_limiter;
-            let limiters = limiters_of(name, settings, self.durability, known, next, now);
+            let mut limiters = limiters_of(name, settings, self.durability, known, next, now);
+            // What goes on at a start is on disk already.
+            limiters.values_mut().for_each(|known| known.is_turning_slow = false);
             self.limiters.extend(limiters);
             writes.push(written(name, configured));
         }

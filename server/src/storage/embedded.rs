@@ -308,6 +308,15 @@ impl Embedded {
         Ok(Some(durable))
     }
 
+    /// Counts records that were just queued in a shard, and waits for the round that carries them.
+    fn queue(&self, shard: &mut Shard, count: usize) -> Answer<()> {
+        self.queued.fetch_add(count, Ordering::Relaxed);
+        let (told, durable) = oneshot::channel();
+        shard.waiting.push(Waiter { round: shard.taken + 1, told });
+        let _ = self.wake.try_send(());
+        Answer::Later((), durable)
+    }
+
     fn reserve_marks(&self, amount: usize) -> Result<Reservation, StorageError> {
         let reserved = Reservation::of(&self.queued, amount, limits::QUEUED_MARKS);
         reserved.ok_or(StorageError::Behind(limits::QUEUED_MARKS))
@@ -487,6 +496,22 @@ impl Storage for Embedded {
         Ok(Answer::Later((), durable))
     }
 
+    fn write_out(&self, id: CellId) -> Result<Answer<()>, StorageError> {
+        let mut shard = self.shards[shard_of(id)].lock();
+        self.check_alive()?;
+        let round = shard.taken + 1;
+        let entry = shard.cells.find_mut(id).filter(|entry| entry.is_on_disk());
+        let Some(entry) = entry else { return Ok(Answer::Now(())) };
+        // Until that round is durable what is on disk covers more, never less.
+        #[allow(clippy::cast_possible_truncation)]
+        entry.lower_mark(round as u32);
+        let is_new = !std::mem::replace(&mut entry.queued, true);
+        if is_new {
+            shard.queued.push(id);
+        }
+        Ok(self.queue(&mut shard, usize::from(is_new)))
+    }
+
     fn write_down(
         &self,
         part: usize,
@@ -494,7 +519,7 @@ impl Storage for Embedded {
     ) -> Result<Option<Answer<()>>, StorageError> {
         let mut shard = self.shards[part].lock();
         self.check_alive()?;
-        let Shard { cells, queued, waiting, taken, .. } = &mut *shard;
+        let Shard { cells, queued, .. } = &mut *shard;
         let before = queued.len();
         let left = cells.iter_mut().filter(|entry| {
             limiters.contains(&entry.number) && !entry.is_on_disk() && !entry.queued
@@ -504,14 +529,8 @@ impl Storage for Embedded {
             entry.queued = true;
             queued.push(entry.id);
         }
-        if queued.len() == before {
-            return Ok(None);
-        }
-        self.queued.fetch_add(queued.len() - before, Ordering::Relaxed);
-        let (told, durable) = oneshot::channel();
-        waiting.push(Waiter { round: *taken + 1, told });
-        let _ = self.wake.try_send(());
-        Ok(Some(Answer::Later((), durable)))
+        let count = queued.len() - before;
+        Ok((count > 0).then(|| self.queue(&mut shard, count)))
     }
 
     fn look(&self, id: CellId, judge: Judge<'_>, now: Moment) -> Option<Cell> {

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod acquire;
+mod admin;
 mod bad_input;
 mod caller;
 mod clocks;
