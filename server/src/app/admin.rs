@@ -415,7 +415,7 @@ impl App {
         let policy = self.asked(&catalogue, name)?;
         let now = self.clock.now();
         let keys = policy.names.page(prefix, after, count);
-        let next = keys.last().filter(|_| keys.len() == count).map(|key| key.to_string());
+        let next = keys.last().filter(|_| keys.len() == count).map(ToString::to_string);
         let buckets = keys.iter().map(|key| self.bucket(&catalogue, policy, key, now).1);
         let buckets = buckets.filter(|bucket| bucket.live && !bucket.overflow).collect();
         // A key has as many cells as limits.

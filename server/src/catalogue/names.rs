@@ -39,6 +39,7 @@ impl Names {
 
     /// Remembers the key of a cell, if there is room.
     pub fn add(&self, key: &str, cell: CellId) {
+        #[allow(clippy::cast_possible_truncation)]
         let mut shard = self.shards[cell.0[1] as usize % limits::NAME_SHARDS].lock();
         if shard.cells.contains_key(key) {
             return;

@@ -358,7 +358,7 @@ impl Revival<'_> {
             let revived = record.zip(CellId::from_bytes(key)).and_then(|(record, id)| {
                 let exact = self.exact_of.is_some_and(|boot| record.exact_of == boot);
                 let out = out.get(&id).copied().unwrap_or(0);
-                self.cell(id, record.kept()?, exact, out)
+                self.cell(id, &record.kept()?, exact, out)
             });
             revived.ok_or_else(|| broken("cell", key))
         })?;
@@ -366,7 +366,7 @@ impl Revival<'_> {
     }
 
     /// One cell; `None` if it is of no limiter.
-    fn cell(&mut self, id: CellId, kept: Kept, exact: bool, out: u64) -> Option<()> {
+    fn cell(&mut self, id: CellId, kept: &Kept, exact: bool, out: u64) -> Option<()> {
         let limiter = self.catalogue.numbered(kept.number)?;
         let settings = &limiter.settings;
         // Also of one that leaves: its record is still there.
@@ -391,7 +391,7 @@ impl Revival<'_> {
             let rewrite =
                 on_disk && kept.cell != revived && kept.cell.revision != settings.revision;
             let rewrite = rewrite || on_disk && limiter.is_concurrency();
-            let kept = Kept { cell: revived, ..kept };
+            let kept = Kept { cell: revived, ..*kept };
             self.cells.restore(id, limiter, &kept, on_disk, rewrite);
         }
         Some(())

@@ -337,7 +337,7 @@ impl Fields<'_> {
 
     fn per_mille(&mut self, basis_points: Option<u32>) -> Option<u16> {
         let ratio = basis_points.unwrap_or(2_000);
-        if ratio > 10_000 || ratio % 10 != 0 {
+        if ratio > 10_000 || !ratio.is_multiple_of(10) {
             let message = format!("{ratio} basis points; 0 to 10,000 are needed, in tens");
             self.wrong("ratio_basis_points", message);
             return None;
@@ -438,7 +438,8 @@ mod tests {
     #[test]
     fn a_mistake_is_told_by_field() {
         let good: Policy = "{token_bucket: {limit: 5, per: 60s}}".parse().unwrap();
-        let with = |change: fn(&mut v1::Policy)| {
+        type Change = fn(&mut v1::Policy);
+        let with = |change: Change| {
             let mut message = message(&good);
             change(&mut message);
             let mut refusal = Refusal::default();
@@ -449,7 +450,7 @@ mod tests {
             let per = Some(prost_types::Duration { seconds, nanos: 0 });
             Some(policy::Kind::TokenBucket(v1::TokenBucket { limit, per, burst }))
         }
-        let wrong: [(fn(&mut v1::Policy), &str); 12] = [
+        let wrong: [(Change, &str); 12] = [
             (|policy| policy.kind = None, "policy: a limiter"),
             (|policy| policy.kind = bucket(None, 1, None), "policy.token_bucket.limit: required"),
             (|policy| policy.kind = bucket(Some(1), -1, None), "policy.token_bucket.per: "),
