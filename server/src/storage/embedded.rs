@@ -804,7 +804,7 @@ fn shard_of(id: CellId) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use fusebox_core::{Ask, Charging, Decision, Limit, Policy, Time, TokenBucket};
+    use fusebox_core::{Ask, Charging, Decision, Limit, Policy, SlidingWindow, Time, TokenBucket};
 
     use super::*;
     use crate::catalogue::{Budget, PolicyName};
@@ -865,6 +865,59 @@ mod tests {
         let decision = apply(cells, &asks(limiter, numbers, tokens), None, NOW).unwrap();
         assert!(decision.allowed, "{numbers:?}: {decision:?}");
         decision.verdicts.iter().map(|verdict| verdict.remaining).collect()
+    }
+
+    #[test]
+    fn who_looked_a_policy_up_before_it_changed_forgets_nothing_that_was_spent() {
+        let kinds = || {
+            let sliding = |limit, per| {
+                Limit::SlidingWindow(SlidingWindow::new(limit, Duration::from_secs(per)).unwrap())
+            };
+            let bucket = TokenBucket::new(10, Duration::from_secs(3_600), 10).unwrap();
+            [Limit::TokenBucket(bucket), sliding(10, 3_600), sliding(10, 60), sliding(10, 86_400)]
+        };
+        let now = Moment { time: Time::from_nanos(10_u64.pow(15)), ..NOW };
+        for (older, newer) in kinds().into_iter().flat_map(|one| kinds().map(|two| (one, two))) {
+            let (before, cells) =
+                (Limiter { settings: Policy::new(older, 0), ..limiter(100) }, Embedded::new(100).0);
+            let after = Limiter { settings: before.settings.changed(newer, now), ..limiter(100) };
+            let charge = |limiter, tokens| apply(&cells, &asks(limiter, &[1], tokens), None, now);
+            assert!(charge(&before, 3).unwrap().allowed);
+            assert!(charge(&after, 3).unwrap().allowed);
+            // A call that is behind.
+            let late = charge(&before, 1).unwrap();
+            let left = late.verdicts[0].remaining;
+            assert!(left <= 3, "{older:?}, {newer:?}: {left}");
+            let left = charge(&after, 0).unwrap().verdicts[0].remaining;
+            assert!(left <= 4, "{older:?}, {newer:?}: {left}");
+        }
+    }
+
+    #[test]
+    fn a_cell_is_new_when_it_is_first_charged() {
+        let (limiter, cells) = (limiter(100), Embedded::new(100).0);
+        let is_new = |tokens| {
+            let (asks, catalogue) = (asks(&limiter, &[1, 2], tokens), &Catalogue::default());
+            let charge = Charge { charging: Charging::AllOrNothing, asks: &asks, catalogue };
+            let mut decided = Decided::default();
+            assert!(cells.apply(&charge, None, NOW, &mut decided).is_ok());
+            decided.charged.iter().map(|charged| charged.is_new).collect::<Vec<_>>()
+        };
+        assert_eq!(is_new(0), [false, false]);
+        assert_eq!(is_new(1), [true, true]);
+        assert_eq!(is_new(1), [false, false]);
+    }
+
+    #[test]
+    fn notes_end_somewhere_and_are_told_of_the_end() {
+        let (cells, _woken) = Embedded::new(1);
+        let mut noted: Vec<_> =
+            (0..limits::NOTES).map(|_| cells.note(Vec::new()).unwrap()).collect();
+        assert!(matches!(cells.note(Vec::new()), Err(StorageError::Noted(_))));
+        cells.end(&StorageError::Failed("the disk is full".into()));
+        let Some(Answer::Later((), durable)) = noted.pop() else { panic!("it waits") };
+        assert!(matches!(durable.blocking_recv(), Ok(Err(StorageError::Failed(_)))));
+        assert!(matches!(cells.note(Vec::new()), Err(StorageError::Failed(_))));
     }
 
     #[test]
