@@ -98,9 +98,12 @@ impl Methods for Admin {
         let (app, _) = self.arrive()?;
         let policies = app.policies(parse::wanted(&request.namespace), after.as_ref(), page.more());
         let policies = policies.map_err(|error| status::admin(&error))?;
-        let (policies, next_page_token) = page.cut(policies, |(name, _)| name.to_string());
-        let policies = policies.iter().map(|(name, policy)| respond::named(name, policy));
-        Ok(Response::new(ListPoliciesResponse { policies: policies.collect(), next_page_token }))
+        let (policies, next_page_token) = page.fill(
+            policies,
+            |(name, _)| name.to_string(),
+            |(name, policy)| respond::named(&name, &policy),
+        );
+        Ok(Response::new(ListPoliciesResponse { policies, next_page_token }))
     }
 
     async fn delete_policy(
@@ -180,10 +183,12 @@ impl Methods for Admin {
         };
         let (app, _) = self.arrive()?;
         let clients = app.clients(filter, page.more());
-        let clients = clients.map_err(|error| status::admin(&error))?.into_iter().collect();
-        let (clients, next_page_token) = page.cut(clients, |(id, _)| id.to_string());
-        let clients = clients.into_iter().map(|(id, status)| respond::client(&id, status));
-        Ok(Response::new(ListClientsResponse { clients: clients.collect(), next_page_token }))
+        let (clients, next_page_token) = page.fill(
+            clients.map_err(|error| status::admin(&error))?,
+            |(id, _)| id.to_string(),
+            |(id, status)| respond::client(&id, status),
+        );
+        Ok(Response::new(ListClientsResponse { clients, next_page_token }))
     }
 
     async fn release_grant(
@@ -215,8 +220,8 @@ impl Methods for Admin {
         };
         let (app, _) = self.arrive()?;
         let events = app.events(before, page.more(), filter);
-        let (events, next_page_token) = page.cut(events, |event| event.number.to_string());
-        let events = events.iter().map(|event| respond::event(event)).collect();
+        let (events, next_page_token) =
+            page.fill(events, |event| event.number.to_string(), |event| respond::event(&event));
         Ok(Response::new(ListEventsResponse { events, next_page_token }))
     }
 

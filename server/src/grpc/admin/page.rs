@@ -2,6 +2,7 @@
 
 use std::hash::Hasher;
 
+use prost::Message;
 use siphasher::sip::SipHasher24;
 
 use crate::{grpc::status::Refusal, limits};
@@ -45,18 +46,27 @@ impl Page {
         self.count + 1
     }
 
-    /// The entries of the page, and what asks for the next: empty if there is none.
-    pub(super) fn cut<T>(
+    /// The messages of the page, and what asks for the next: empty if there is none. A page ends early where
+    /// its messages are long: an answer is no larger than a request may be, but for its first entry.
+    pub(super) fn fill<T, M: Message>(
         &self,
-        mut entries: Vec<T>,
-        name: impl FnOnce(&T) -> String,
-    ) -> (Vec<T>, String) {
-        if entries.len() <= self.count {
-            return (entries, String::new());
+        entries: impl IntoIterator<Item = T>,
+        name: impl Fn(&T) -> String,
+        message: impl Fn(T) -> M,
+    ) -> (Vec<M>, String) {
+        let (mut messages, mut bytes, mut last) = (Vec::new(), 0, String::new());
+        for entry in entries {
+            let token = name(&entry);
+            let message = message(entry);
+            bytes += message.encoded_len();
+            let is_long = !messages.is_empty() && bytes > limits::MESSAGE_BYTES;
+            if messages.len() == self.count || is_long {
+                return (messages, self.token(&last));
+            }
+            messages.push(message);
+            last = token;
         }
-        entries.truncate(self.count);
-        let token = entries.last().map(|last| self.token(&name(last)));
-        (entries, token.unwrap_or_default())
+        (messages, String::new())
     }
 
     /// What asks for the page after that entry.
@@ -79,14 +89,33 @@ mod tests {
     fn the_next_page_goes_on_after_the_last_entry_of_the_same_list() {
         let first = page(2, "", &["list", "a"]).unwrap();
         assert_eq!(first.after, None);
-        let (entries, token) = first.cut(vec!["", "é", "z"], |last| (*last).to_owned());
+        let fill = |page: &Page, entries: &[&str]| {
+            page.fill(entries.iter(), ToString::to_string, ToString::to_string)
+        };
+        let (entries, token) = fill(&first, &["", "é", "z"]);
         assert_eq!(entries, ["", "é"]);
         let second = page(2, &token, &["list", "a"]).unwrap();
         assert_eq!(second.after.as_deref(), Some("é"));
-        let (entries, token) = second.cut(vec!["z"], |last| (*last).to_owned());
-        assert_eq!((entries, token.as_str()), (vec!["z"], ""));
+        let (entries, token) = fill(&second, &["z"]);
+        assert_eq!((entries, token.as_str()), (vec!["z".to_owned()], ""));
         // Also where the entry is the empty one.
         assert_eq!(page(2, &first.token(""), &["list", "a"]).unwrap().after.as_deref(), Some(""));
+    }
+
+    #[test]
+    fn a_page_of_long_entries_ends_early() {
+        let page = page(10, "", &[]).unwrap();
+        let long = "x".repeat(limits::MESSAGE_BYTES / 2 - 10);
+        let entries = [(1, &long), (2, &long), (3, &long)];
+        let fill = |entries: &[(u32, &String)]| {
+            let entries = entries.iter().copied();
+            let (page, token) =
+                page.fill(entries, |(number, _)| number.to_string(), |(_, text)| text.clone());
+            (page.len(), token)
+        };
+        assert_eq!(fill(&entries), (2, page.token("2")));
+        let longest = "x".repeat(2 * limits::MESSAGE_BYTES);
+        assert_eq!(fill(&[(1, &longest), (2, &longest)]), (1, page.token("1")));
     }
 
     #[test]
