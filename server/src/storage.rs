@@ -84,8 +84,8 @@ pub trait Storage: Send + Sync + 'static {
     /// If nothing is written any more.
     fn write_out(&self, cell: CellId) -> Result<Answer<()>, StorageError>;
 
-    /// Writes down some cells of limiters that were not kept on disk so far; `None` if none is left in that
-    /// part of all cells. There are [`CELL_SHARDS`](crate::limits::CELL_SHARDS) of them.
+    /// Writes down as they are the cells of limiters that were not kept on disk so far, of one part of all cells;
+    /// when they are on disk is in the answer. There are [`CELL_SHARDS`](crate::limits::CELL_SHARDS) parts.
     ///
     /// # Errors
     /// If nothing is written any more.
@@ -93,7 +93,7 @@ pub trait Storage: Send + Sync + 'static {
         &self,
         part: usize,
         limiters: &HashSet<LimiterNumber>,
-    ) -> Result<Option<Answer<()>>, StorageError>;
+    ) -> Result<Answer<()>, StorageError>;
 
     /// Makes sure of room for all marks that `asks` may queue, so that none fails for want of it.
     ///

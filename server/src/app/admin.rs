@@ -109,6 +109,8 @@ pub struct Bucket {
     pub permits_held: u64,
     /// It is the one that keys past the policy's budget share.
     pub overflow: bool,
+    /// Callers that stand in line.
+    pub waiting: usize,
     /// It is remembered.
     pub live: bool,
 }
@@ -203,6 +205,8 @@ pub struct Info {
     pub policies: usize,
     /// Grants that are open.
     pub open_grants: usize,
+    /// Callers that stand in line.
+    pub waiting: usize,
     /// Names the state.
     pub truth_id: String,
 }
@@ -457,6 +461,7 @@ impl App {
             answers.push(self.storage.change(cell, judge, &mut reset, now)?.map(drop));
             answers.push(self.storage.write_out(cell)?);
         }
+        self.lines.wake(policy.cells.cell(key));
         let (_, after) = self.bucket(&catalogue, policy, key, now);
         let event = events::Change {
             key: key.to_owned(),
@@ -581,6 +586,7 @@ impl App {
             live_cells: self.live_cells(),
             policies: registry.count(),
             open_grants: self.grants.open(),
+            waiting: self.lines.standing(),
             truth_id: registry.truth_id(),
         }
     }
@@ -635,14 +641,13 @@ impl App {
         self.note(writes, event, now)?.told().await?;
         let catalogue = self.desk.registry.write().make(change);
         self.catalogue.store(Arc::new(catalogue));
+        self.lines.wake_all();
         if slowed.is_empty() {
             return Ok(());
         }
         // Until all that was spent is on disk, a crash makes these cells empty.
         for part in 0..limits::CELL_SHARDS {
-            while let Some(answer) = self.storage.write_down(part, &slowed)? {
-                answer.told().await?;
-            }
+            self.storage.write_down(part, &slowed)?.told().await?;
         }
         let writes = self.desk.registry.write().written_down(&slowed);
         self.storage.note(writes)?.told().await
@@ -718,7 +723,9 @@ impl App {
                 (first, cells, overflow) = (shared, crowd, true);
             }
         }
-        let mut bucket = Bucket { key: key.to_owned(), overflow, ..Bucket::default() };
+        // The line is the key's own, also where the cell is not.
+        let waiting = self.lines.standing_at(policy.cells.cell(key));
+        let mut bucket = Bucket { key: key.to_owned(), overflow, waiting, ..Bucket::default() };
         for (limiter, cell) in rules.limiters.iter().zip(&cells) {
             let (settings, limit) = (&limiter.settings, &limiter.settings.limit);
             let state = settings.state(*cell);

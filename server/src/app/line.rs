@@ -84,6 +84,13 @@ impl Lines {
         self.standing.load(Ordering::Relaxed)
     }
 
+    /// Who waits now at one cell.
+    pub fn standing_at(&self, cell: CellId) -> usize {
+        let shard = self.shard(cell).lock();
+        let queues = shard.lines.get(&cell).map(|line| &line.queues);
+        queues.map_or(0, |queues| queues.iter().map(BTreeMap::len).sum())
+    }
+
     /// Whether somebody at least as urgent waits at the cell: then an ask that does not wait is denied,
     /// and no lease is given.
     pub fn is_held_for(&self, cell: CellId, priority: Priority) -> bool {

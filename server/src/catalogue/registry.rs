@@ -225,9 +225,7 @@ impl Registry {
             let settings = &configured.settings;
             let known = |id: &LimiterId| self.limiters.get(id).cloned();
             let next = &mut self.directory.next_limiter;
-            let mut limiters = limiters_of(name, settings, self.durability, known, next, now);
-            // What goes on at a start is on disk already.
-            limiters.values_mut().for_each(|known| known.is_turning_slow = false);
+            let limiters = limiters_of(name, settings, self.durability, known, next, now);
             self.limiters.extend(limiters);
             writes.push(written(name, configured));
         }
@@ -378,6 +376,12 @@ impl Registry {
                 known.written(id)
             })
             .collect()
+    }
+
+    /// Limiters whose cells are written from now on, but maybe not all of them are yet.
+    pub(crate) fn turning_slow(&self) -> HashSet<LimiterNumber> {
+        let turning = self.limiters.values().filter(|known| known.is_turning_slow);
+        turning.map(|known| known.number).collect()
     }
 
     /// Limiters that no policy has.

@@ -516,21 +516,23 @@ impl Storage for Embedded {
         &self,
         part: usize,
         limiters: &HashSet<LimiterNumber>,
-    ) -> Result<Option<Answer<()>>, StorageError> {
+    ) -> Result<Answer<()>, StorageError> {
         let mut shard = self.shards[part].lock();
         self.check_alive()?;
-        let Shard { cells, queued, .. } = &mut *shard;
-        let before = queued.len();
-        let left = cells.iter_mut().filter(|entry| {
-            limiters.contains(&entry.number) && !entry.is_on_disk() && !entry.queued
-        });
-        for entry in left.take(limits::WRITER_SLICE) {
+        let Shard { cells, queued, taken, .. } = &mut *shard;
+        let (before, round) = (queued.len(), *taken + 1);
+        for entry in cells.iter_mut().filter(|entry| limiters.contains(&entry.number)) {
+            // A record of it may be there, and even a mark: of a time before it was not kept.
             entry.set_on_disk(true);
-            entry.queued = true;
-            queued.push(entry.id);
+            #[allow(clippy::cast_possible_truncation)]
+            entry.lower_mark(round as u32);
+            if !entry.queued {
+                entry.queued = true;
+                queued.push(entry.id);
+            }
         }
         let count = queued.len() - before;
-        Ok((count > 0).then(|| self.queue(&mut shard, count)))
+        Ok(if count == 0 { Answer::Now(()) } else { self.queue(&mut shard, count) })
     }
 
     fn look(&self, id: CellId, judge: Judge<'_>, now: Moment) -> Option<Cell> {

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use fusebox_proto::v1::{
-    Bucket, BucketLimit, Client, ClientStatus, Concurrency, DeletePolicyRequest,
-    DeletePolicyResponse, Durability, Event, EventAction, FixedWindow, GetPolicyRequest,
-    InspectBucketRequest, ListBucketsRequest, ListBucketsResponse, ListClientsRequest,
-    ListEventsRequest, ListEventsResponse, ListPoliciesRequest, NamedPolicy, Policy, PolicySource,
-    PutPolicyRequest, PutPolicyResponse, ReleaseGrantRequest, ReportResult, ResetBucketRequest,
-    ResetBucketResponse, ServerInfoRequest, SlidingWindow, StorageEngine, TokenBucket,
-    TopKeysRequest, admin_client::AdminClient, policy::Kind,
+    AcquireRequest, Bucket, BucketLimit, Client, ClientStatus, Concurrency, Decision,
+    DeletePolicyRequest, DeletePolicyResponse, Durability, Event, EventAction, FixedWindow,
+    GetPolicyRequest, InspectBucketRequest, ListBucketsRequest, ListBucketsResponse,
+    ListClientsRequest, ListEventsRequest, ListEventsResponse, ListPoliciesRequest, NamedPolicy,
+    Policy, PolicySource, PutPolicyRequest, PutPolicyResponse, ReleaseGrantRequest, ReportResult,
+    ResetBucketRequest, ResetBucketResponse, ServerInfoRequest, SlidingWindow, StorageEngine,
+    TokenBucket, TopKeysRequest, admin_client::AdminClient, policy::Kind,
 };
 use fusebox_server::storage::journal::Keyspace;
 use fusebox_tests::{ManualClock, Server, Simulated, eventually};
@@ -19,6 +19,7 @@ use tonic_types::StatusExt;
 use crate::{
     ask,
     caller::{Caller, config, duration, ended, seconds},
+    request,
 };
 
 const FILE: &str = "three: {token_bucket: {limit: 3, per: 1m}},
@@ -365,6 +366,52 @@ async fn a_policy_that_turns_slow_is_on_disk_when_the_change_is_told() {
         assert_eq!(caller.left("made", &key.to_string()).await, 40);
     }
     assert_eq!(caller.left("made", "new").await, 100, "nothing else was lost");
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_policy_that_was_fast_for_a_while_forgets_nothing_of_that_time() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), &config(FILE)).await;
+    let (mut operator, mut caller) = (Operator::of(&server).await, Caller::of(&server).await);
+    operator.put("made", bucket(100, 3_600)).await;
+    assert!(caller.ask("made", "a", 10).await.allowed);
+    operator.put("made", bucket(100, 1)).await;
+    assert!(caller.ask("made", "a", 60).await.allowed);
+    operator.put("made", bucket(100, 3_600)).await;
+    // What is on disk of the first time is not what was spent.
+    journal.lose_power();
+    server.stop().await.unwrap_err();
+    let server = Server::start_on(journal.open(), clock, &config(FILE)).await;
+    assert_eq!(Caller::of(&server).await.left("made", "a").await, 30);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn who_stands_in_line_is_served_when_a_limit_is_raised_or_reset() {
+    let server = serve().await;
+    let (mut operator, mut caller) = (Operator::of(&server).await, Caller::of(&server).await);
+    operator.put("made", bucket(5, 3_600)).await;
+    for raise in [true, false] {
+        let left = caller.left("made", "a").await;
+        assert!(caller.ask("made", "a", left).await.allowed);
+        let mut raw = server.raw().await;
+        let waiting = tokio::spawn(async move {
+            let max_wait = time(30);
+            raw.acquire(AcquireRequest { max_wait, ..request([ask("made", "a", 2)]) }).await
+        });
+        eventually("it stands in line", async || operator.inspect("made", "a").await.waiting == 1)
+            .await;
+        let info = operator.0.server_info(ServerInfoRequest {}).await.unwrap().into_inner();
+        assert_eq!(info.waiting, 1);
+        if raise {
+            operator.put("made", bucket(10, 3_600)).await;
+        } else {
+            operator.reset("made", "a").await;
+        }
+        let answer = waiting.await.unwrap().unwrap().into_inner();
+        assert_eq!(answer.decision(), Decision::Allow);
+    }
     server.stop().await.unwrap();
 }
 

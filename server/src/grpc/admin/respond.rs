@@ -73,7 +73,7 @@ pub(super) fn bucket(bucket: Bucket) -> v1::Bucket {
         limits: limits.collect(),
         permits_held: bucket.permits_held,
         overflow: bucket.overflow,
-        waiting: 0,
+        waiting: bucket.waiting as u64,
         live: bucket.live,
         key: bucket.key,
     }
@@ -149,7 +149,7 @@ pub(super) fn info(info: Info) -> ServerInfoResponse {
         live_cells: info.live_cells as u64,
         policies: info.policies as u64,
         open_grants: info.open_grants as u64,
-        waiting: 0,
+        waiting: info.waiting as u64,
         truth_id: info.truth_id,
     }
 }
