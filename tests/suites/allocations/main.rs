@@ -67,9 +67,10 @@ fn app(lifecycle: &Lifecycle) -> Arc<App> {
     let (clock, entropy) = (Arc::<ManualClock>::default(), Arc::<Counting>::default());
     let recovered = recover(Nothing::open(), &config, &clock).unwrap();
     let disk = recovered.writer.disk();
-    let storage::Recovered { catalogue, cells, grants, clock, boot, secret, .. } = recovered;
+    let storage::Recovered { catalogue, cells, grants, operations, clock, boot, secret, .. } =
+        recovered;
     let draining = CancellationToken::new();
-    let life = app::Life { boot, secret, open: grants, draining };
+    let life = app::Life { boot, secret, open: grants, operations, draining };
     let app = Arc::new(App::new(catalogue, cells, clock, entropy, life));
     lifecycle.recovered(Arc::clone(&app), disk);
     app

@@ -103,8 +103,9 @@ struct World {
 
 fn start(journal: &Simulated, clock: &Arc<ManualClock>, burst: u64) -> (App, Writer) {
     let recovered = recover(journal.open(), &config(burst), clock).unwrap();
-    let Recovered { catalogue, cells, grants, writer, clock, boot, secret, .. } = recovered;
-    let life = app::Life { boot, secret, open: grants, draining: Default::default() };
+    let Recovered { catalogue, cells, grants, operations, writer, clock, boot, secret, .. } =
+        recovered;
+    let life = app::Life { boot, secret, open: grants, operations, draining: Default::default() };
     let entropy = Arc::new(Counting::default());
     (App::new(catalogue, cells as Arc<dyn Storage>, clock, entropy, life), writer)
 }
