@@ -148,8 +148,11 @@ impl Engine for Core {
             }
         }
         let charged = charge.asks.iter().zip(&decision.verdicts);
-        let charged =
-            charged.map(|(ask, verdict)| Charged { cell: ask.cell, slice: verdict.slice });
+        let charged = charged.map(|(ask, verdict)| Charged {
+            cell: ask.cell,
+            slice: verdict.slice,
+            is_new: false,
+        });
         Decided { charged: charged.collect(), decision }
     }
 
