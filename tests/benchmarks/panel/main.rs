@@ -5,6 +5,7 @@
 //! servers are processes of their own, so that their CPU can be told from the generator's.
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // figures for people, of a known range
 
+mod crowd;
 mod decide;
 mod flood;
 mod footprint;

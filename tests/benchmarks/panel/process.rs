@@ -39,6 +39,8 @@ namespaces:
       fixed: {fixed_window: {limit: 1000000000, per: 1d}}
       calendar: {calendar_window: {limit: 1000000000, every: day, time_zone: Europe/Vienna}}
       sliding: {sliding_window: {limit: 1000000000, per: 1d}}
+      # One at a time: all others wait.
+      one: {concurrency: {limit: 1, ttl: 10m}}
       # Nobody releases them: what is measured is also how they expire.
       permits: {concurrency: {limit: 1000000000, ttl: 100ms}}
       retries: {retry_budget: {ratio: 20%}}

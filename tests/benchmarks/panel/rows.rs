@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use crate::{
     Options, Result,
+    crowd::Crowd,
     load::{Failures, Latency, Load, Saturation},
     print,
     process::{Engine, Home, Server},
@@ -38,12 +39,14 @@ struct Row {
     engine: Engine,
     policy: &'static str,
     keys: Keys,
+    crowd: Crowd,
 }
 
 impl Row {
     fn name(self) -> String {
-        let Self { shape, engine, policy, keys } = self;
-        format!("{}, {}, {}, {policy} policy", engine.name(), shape.name(), keys.name())
+        let Self { shape, engine, policy, keys, crowd } = self;
+        let (engine, shape, keys) = (engine.name(), shape.name(), keys.name());
+        format!("{engine}, {shape}, {keys}, {policy} policy{}", crowd.name())
     }
 
     fn traffic(self) -> Traffic {
@@ -56,7 +59,7 @@ const OTHERS: [&str; 7] = ["fixed", "calendar", "sliding", "permits", "retries",
 
 /// All rows of one shape, with which they share the rival's.
 fn of_shape(shape: Shape) -> Vec<Row> {
-    let row = |engine, policy, keys| Row { shape, engine, policy, keys };
+    let row = |engine, policy, keys| Row { shape, engine, policy, keys, crowd: Crowd::Nobody };
     let rows = |engine| match shape {
         Shape::Asks(1) => {
             let mut rows = vec![
@@ -65,6 +68,11 @@ fn of_shape(shape: Shape) -> Vec<Row> {
                 row(engine, "slow", Keys::Million),
                 row(engine, "fast", Keys::Hot),
             ];
+            // What others notice of them is seen without a disk.
+            if engine == Engine::Memory {
+                let beside = |crowd| Row { crowd, ..row(engine, "slow", Keys::Hot) };
+                rows.extend([Crowd::Line, Crowd::Remembered].map(beside));
+            }
             // What a kind costs is seen without a disk, and with one that is waited for.
             if engine != Engine::Relaxed {
                 rows.extend(OTHERS.map(|policy| row(engine, policy, Keys::Thousand)));
@@ -176,6 +184,7 @@ async fn measure_row(options: &Options, row: Row, rate: f64) -> Result<Figures> 
         let (traffic, batches) = Traffic::each_once(row.policy, row.keys.count());
         load.each(traffic, batches).await?;
     }
+    let _there = row.crowd.gather(&server, &load).await?;
     let saturation = load.saturate(row.traffic(), options.in_flight, options.seconds).await?;
     let at_its_rate = saturation.rate() > rate * SUSTAINED || options.rate.is_some();
     let rate = if at_its_rate { rate } else { saturation.rate() / 2.0 };

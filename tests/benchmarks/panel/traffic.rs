@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use fusebox_proto::v1::{
-    AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, Ask, Decision,
+    AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, Ask, Client,
+    Decision,
 };
 use prost::Message;
 
@@ -155,6 +156,26 @@ impl Traffic {
         let batches = calls.len() as u32;
         let order = (0..batches).collect();
         (Self::of_calls(Shape::Batch(BATCH), policy, calls, order), batches)
+    }
+
+    /// Calls of one ask, each under an id of its own.
+    pub(crate) fn with_ids(policy: &str, calls: u32) -> Self {
+        let mut frames = BytesMut::new();
+        for call in 0..calls {
+            let client = Some(Client { id: "bench".into(), ..Client::default() });
+            let ask = Ask { policy: policy.into(), ..Ask::default() };
+            let request = AcquireRequest {
+                namespace: "bench".into(),
+                asks: vec![ask],
+                client,
+                request_id: format!("request-{call:07}"),
+                ..AcquireRequest::default()
+            };
+            put_message(&mut frames, &request);
+        }
+        let length = frames.len() / calls as usize;
+        let order = (0..calls).collect();
+        Self { shape: Shape::Asks(1), frames: frames.freeze(), length, order, next: 0 }
     }
 
     fn of(shape: Shape, policy: &str, calls: u32, order: Vec<u32>) -> Self {
