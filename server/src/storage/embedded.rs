@@ -317,6 +317,12 @@ impl Embedded {
         Answer::Later((), durable)
     }
 
+    /// Room for what must not be turned away: a credit that is lost never comes again, and there are no more of
+    /// them than grants.
+    fn without_bound(&self) -> Room {
+        Room { marks: Reservation::nothing(&self.queued) }
+    }
+
     fn reserve_marks(&self, amount: usize) -> Result<Reservation, StorageError> {
         let reserved = Reservation::of(&self.queued, amount, limits::QUEUED_MARKS);
         reserved.ok_or(StorageError::Behind(limits::QUEUED_MARKS))
@@ -455,7 +461,7 @@ impl Storage for Embedded {
         let settled = fusebox_core::settle(&limiter.settings, &mut cell, known, now);
         let changed = cell.filter(|_| cell != found.cell);
         let changes = changed.map(|cell| found.changed(cell)).into_iter().collect();
-        let durable = self.write(&mut locked, &changes, None, now)?;
+        let durable = self.write(&mut locked, &changes, Some(&mut self.without_bound()), now)?;
         if settled.refunded > 0 && limiter.keeping == Keeping::Marked && !limiter.is_concurrency() {
             locked.lower(&found);
         }
@@ -475,7 +481,7 @@ impl Storage for Embedded {
         let found = locked.find(id, judge.limiter, judge.catalogue, now);
         let Some(cell) = found.cell.and_then(change) else { return Ok(Answer::Now(false)) };
         let changes = std::iter::once(found.changed(cell)).collect();
-        let durable = self.write(&mut locked, &changes, None, now)?;
+        let durable = self.write(&mut locked, &changes, Some(&mut self.without_bound()), now)?;
         if judge.limiter.keeping == Keeping::Marked {
             locked.lower(&found);
         }
@@ -1029,5 +1035,37 @@ mod tests {
         let (closed, cells) = (Limiter { settings, ..limiter(100) }, Embedded::new(1).0);
         assert!(!apply(&cells, &asks(&closed, &[2], 1), None, NOW).unwrap().allowed);
         assert_eq!(cells.live(), 0, "it is an answer");
+    }
+
+    #[test]
+    fn a_credit_finds_room_where_a_charge_finds_none() {
+        let limiter = Limiter { keeping: Keeping::Marked, ..limiter(10) };
+        let cells = Embedded::new(10).0;
+        let state = limiter.settings.limit.having_spent(5, NOW);
+        let kept =
+            Kept { number: limiter.number, cell: Cell { revision: 1, state }, is_overflow: false };
+        // Recovered, so it has no mark: whatever changes it has to be written.
+        cells.restore(cell(1), &limiter, &kept, true, false);
+        let every_place = vec![asks(&limiter, &[1], 1)[0]; limits::QUEUED_MARKS];
+        let _taken = cells.reserve(&every_place).unwrap();
+        let charged = apply(&cells, &asks(&limiter, &[1], 1), None, NOW);
+        assert!(matches!(charged, Err(StorageError::Behind(_))));
+
+        let known = fusebox_core::Settlement {
+            charged: 5,
+            told: 0,
+            actual: 0,
+            partial: false,
+            slice: Some(0),
+            window: None,
+            max_debt: 0,
+        };
+        let catalogue = &Catalogue::default();
+        let judge = Judge { limiter: &limiter, catalogue };
+        let settlement = Settlement { cell: cell(1), judge, revision: 1, known };
+        let Answer::Later(settled, _) = cells.settle(&settlement, NOW).unwrap() else {
+            panic!("it is to be written");
+        };
+        assert_eq!(settled.refunded, 5);
     }
 }
