@@ -510,8 +510,9 @@ impl Known {
     }
 }
 
-/// Whether the cells of a limiter are not worth a write: a crash empties them, and soon they are full again.
-/// Permits are not: nobody else would know that they are held.
+/// Whether the cells of a limiter need not be written: a crash empties them, and soon they are full again.
+/// Permits are not: nobody else would know that they are held. A policy is fast only if all its limits are: else
+/// a crash that comes with a change of overrides would take a cell that was not written for a full one.
 fn is_fast(limit: &Limit) -> bool {
     match limit {
         Limit::RetryBudget(_) => true,
@@ -529,11 +530,12 @@ fn limiters_of(
     now: Moment,
 ) -> Limiters {
     let mut limiters = Limiters::new();
+    let all_fast = all_limits(policy).all(|(_, _, settings)| is_fast(&settings.limit));
     for (keys, index, LimitSettings { limit, .. }) in all_limits(policy) {
         let max_debt = policy.max_debt_of(limit);
         let id = LimiterId::of(name, keys, index);
         // What only watches is not worth a write either.
-        let fast = is_fast(limit) || policy.shadow;
+        let fast = policy.shadow || all_fast || matches!(limit, Limit::RetryBudget(_));
         let mut one = known(&id).unwrap_or_else(|| {
             let number = LimiterNumber(*next);
             *next += 1;
