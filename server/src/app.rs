@@ -31,7 +31,9 @@ pub use self::{
     line::{Attempt, Lines, Place, Stood},
     priority::Priority,
     report::{Renewed, Report, ReportError, Reported, Reports},
-    requests::{Begun, Content, Digest, InProgress, Joined, RequestKey, Requests},
+    requests::{
+        Begun, Content, Digest, InProgress, Joined, RequestKey, Requests, Told as RequestTold,
+    },
     waiting::Waiting,
 };
 use crate::{

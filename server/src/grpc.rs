@@ -19,10 +19,11 @@ use tonic::{Request, Response, Status};
 pub use self::once::Answers;
 use self::{
     delivery::{Delivery, Ended},
+    once::Turn,
     respond::Told,
 };
 use crate::{
-    app::{App, Caller, Principal},
+    app::{Acquired, App, Caller, Principal},
     lifecycle::{Lifecycle, Phase},
     storage::Answer,
 };
@@ -37,6 +38,84 @@ impl Service {
     /// A service that answers once `lifecycle` is ready, and remembers some of its `answers`.
     pub fn new(lifecycle: Arc<Lifecycle>, answers: Arc<Answers>) -> Self {
         Self { lifecycle, answers }
+    }
+
+    /// A batch of which some entries have an id.
+    ///
+    /// All that is this caller's to decide is decided and told to whom it concerns before anything is waited for:
+    /// else two batches that join each other's entries would wait for each other.
+    async fn acquire_batch_once(
+        &self,
+        app: &Arc<App>,
+        caller: Caller,
+        batch: &AcquireBatchRequest,
+    ) -> Result<Response<AcquireBatchResponse>, Status> {
+        let mut turns = Vec::with_capacity(batch.requests.len());
+        let mut ours = Vec::new();
+        for index in 0..batch.requests.len() {
+            let turn = self.turn(app, caller, batch, index)?;
+            if matches!(turn, None | Some(Turn::First(_))) {
+                ours.push(index);
+            }
+            turns.push(turn);
+        }
+        let mut answers = Vec::new();
+        if !ours.is_empty() {
+            let decide = parse::some_of(batch, &ours);
+            let decided = app.acquire_batch(caller, decide, |told| respond::acquired(told, None));
+            answers = decided.map_err(|batch| {
+                status::acquire(&batch.error, batch.entry.map(|entry| ours[entry]))
+            })?;
+        }
+        let mut plain: Vec<_> = turns.iter().map(|_| None).collect();
+        for (index, answer) in ours.into_iter().zip(answers) {
+            match turns[index].take() {
+                Some(Turn::First(first)) => {
+                    turns[index] = Some(Turn::decided(first, answer, app));
+                }
+                turn => (turns[index], plain[index]) = (turn, Some(on_its_way(answer, app))),
+            }
+        }
+
+        let mut responses = Vec::with_capacity(turns.len());
+        let mut deliveries = Vec::new();
+        for (index, (turn, plain)) in turns.into_iter().zip(plain).enumerate() {
+            let (response, delivery) = match (turn, plain) {
+                (None, Some(answer)) => answered(answer).await?,
+                (Some(turn), _) => {
+                    // Who decides it may have gone away: then it is this caller's turn after all.
+                    let decide = async || {
+                        let acquire = parse::one_of(batch, index);
+                        let tell = |told: &Acquired| respond::acquired(told, None);
+                        let answer = app.acquire(caller, acquire, tell);
+                        answer.map_err(|error| status::acquire(&error, Some(index)))
+                    };
+                    turn.answer(app, Some(index), decide).await?
+                }
+                (None, None) => continue,
+            };
+            responses.push(response);
+            deliveries.extend(delivery);
+        }
+        Ok(delivered(AcquireBatchResponse { responses }, together(deliveries)))
+    }
+
+    /// Whose turn it is to decide an entry of a batch, if it has an id.
+    fn turn(
+        &self,
+        app: &App,
+        caller: Caller,
+        batch: &AcquireBatchRequest,
+        index: usize,
+    ) -> Result<Option<Turn<'_>>, Status> {
+        let entry = &batch.requests[index];
+        if entry.request_id.is_empty() {
+            return Ok(None);
+        }
+        let client = batch.client.as_ref().map_or("", |client| &client.id);
+        let key = self.answers.key(caller.principal, client, &entry.request_id);
+        let digest = self.answers.digest(&batch.namespace, entry);
+        self.answers.begin((key, digest), Some(index), app.time()).map(Some)
     }
 
     /// The app, and who calls it at this one moment.
@@ -67,9 +146,10 @@ impl Resilience for Service {
         let wanted = parse::acquire(request)?;
         if let Some((client, id)) = wanted.request {
             let named = self.answers.key(caller.principal, client, id);
-            let named = (named, self.answers.digest(request));
+            let named = (named, self.answers.digest(&request.namespace, request));
+            let turn = self.answers.begin(named, None, app.time())?;
             let decide = || decided(app, caller, wanted);
-            let (response, delivery) = self.answers.answer(named, app, decide).await?;
+            let (response, delivery) = turn.answer(app, None, decide).await?;
             return Ok(delivered(response, delivery));
         }
         let answer = if wanted.max_wait.is_some() {
@@ -87,7 +167,11 @@ impl Resilience for Service {
         request: Request<AcquireBatchRequest>,
     ) -> Result<Response<AcquireBatchResponse>, Status> {
         let (app, caller) = self.arrive()?;
-        let batch = parse::batch(request.get_ref())?;
+        let request = request.get_ref();
+        let batch = parse::batch(request)?;
+        if request.requests.iter().any(|entry| !entry.request_id.is_empty()) {
+            return self.acquire_batch_once(app, caller, request).await;
+        }
         let answers = app.acquire_batch(caller, batch, |told| respond::acquired(told, None));
         let answers = answers.map_err(|batch| status::acquire(&batch.error, batch.entry))?;
         // What any of them holds is watched before the first is waited for.
@@ -99,13 +183,7 @@ impl Resilience for Service {
             responses.push(response);
             deliveries.extend(delivery);
         }
-        let delivery = (!deliveries.is_empty()).then(|| {
-            Delivery::new(move |ended| match ended {
-                Ended::Arrived => deliveries.iter().for_each(Delivery::arrived),
-                Ended::Lost => drop(deliveries),
-            })
-        });
-        Ok(delivered(AcquireBatchResponse { responses }, delivery))
+        Ok(delivered(AcquireBatchResponse { responses }, together(deliveries)))
     }
 
     async fn report(
@@ -158,6 +236,16 @@ async fn watched(
     app: &Arc<App>,
 ) -> Result<(AcquireResponse, Option<Delivery>), Status> {
     answered(on_its_way(answer, app)).await
+}
+
+/// What watches over the way of one response with several answers.
+fn together(deliveries: Vec<Delivery>) -> Option<Delivery> {
+    (!deliveries.is_empty()).then(|| {
+        Delivery::new(move |ended| match ended {
+            Ended::Arrived => deliveries.iter().for_each(Delivery::arrived),
+            Ended::Lost => drop(deliveries),
+        })
+    })
 }
 
 /// A response, with what watches over its way.

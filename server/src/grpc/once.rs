@@ -13,16 +13,29 @@ use super::{
     status,
 };
 use crate::{
-    app::{App, Begun, Digest, Principal, RequestKey, Requests},
+    app::{self, App, Begun, Digest, InProgress, Joined, Principal, RequestKey, Requests},
     limits,
     storage::{Answer, Durable, StorageError},
 };
 
 /// The answers that are remembered.
-pub struct Answers(Requests<Result<Remembered, Status>>);
+pub struct Answers(Requests<Decided>);
+
+/// What was decided of a request.
+type Decided = Result<Remembered, Status>;
+
+/// Whose turn it is to decide a request.
+pub(super) enum Turn<'a> {
+    /// This caller's.
+    First(InProgress<'a, Decided>),
+    /// Somebody else's.
+    Joined(Joined<'a, Decided>),
+    /// It is decided.
+    Decided(app::RequestTold<Decided>),
+}
 
 /// An answer, and when it may be told.
-struct Remembered {
+pub(super) struct Remembered {
     told: Told,
     /// When it was decided: what it says of lifetimes is counted from there.
     at: Time,
@@ -52,8 +65,8 @@ impl Answers {
     }
 
     /// What a repetition has to repeat.
-    pub(super) fn digest(&self, request: &AcquireRequest) -> Digest {
-        let mut content = self.0.content().text(&request.namespace);
+    pub(super) fn digest(&self, namespace: &str, request: &AcquireRequest) -> Digest {
+        let mut content = self.0.content().text(namespace);
         for ask in &request.asks {
             content = content.text(&ask.policy).text(&ask.key).number(ask.cost.unwrap_or(1));
             content = content.number(ask.lease).number(ask.estimated.into());
@@ -67,46 +80,48 @@ impl Answers {
         content.number(wait.0).number(wait.1).digest()
     }
 
-    /// The answer to a request: of the first that asks what `decide` makes of it, of all others the same.
-    pub(super) async fn answer<D>(
+    /// Begins a request of that id, or finds what became of it; of a batch, that of the entry.
+    pub(super) fn begin(
         &self,
         (key, digest): (RequestKey, Digest),
+        entry: Option<usize>,
+        now: Time,
+    ) -> Result<Turn<'_>, Status> {
+        Turn::of(self.0.begin(key, digest, now)).ok_or_else(|| status::other_request(entry))
+    }
+}
+
+impl<'a> Turn<'a> {
+    /// `None` if another request has the id.
+    fn of(begun: Begun<'a, Decided>) -> Option<Self> {
+        match begun {
+            Begun::First(first) => Some(Self::First(first)),
+            Begun::Joined(joined) => Some(Self::Joined(joined)),
+            Begun::Decided(told) => Some(Self::Decided(told)),
+            Begun::Differs => None,
+        }
+    }
+
+    /// The answer, once somebody has decided: of the first that asks what `decide` makes of it, of all others
+    /// the same.
+    pub(super) async fn answer<D>(
+        self,
         app: &Arc<App>,
+        entry: Option<usize>,
         decide: impl FnOnce() -> D,
     ) -> Result<(AcquireResponse, Option<Delivery>), Status>
     where
         D: Future<Output = Result<Answer<Told>, Status>>,
     {
-        let begun = match self.0.begin(key, digest, app.time()) {
-            Begun::Joined(joined) => joined.turn().await,
-            begun => begun,
+        let turn = match self {
+            Self::Joined(joined) => Self::of(joined.turn().await),
+            turn => Some(turn),
         };
-        let told = match begun {
-            Begun::First(first) => match decide().await {
-                Ok(answer) => {
-                    let at = app.time();
-                    let (told, durable) = match answer {
-                        Answer::Now(told) => (told, Waited::Over(Ok(()))),
-                        Answer::Later(told, durable) => (told, Waited::For(durable)),
-                    };
-                    let (allowed, permits) = (told.allowed, told.permits);
-                    let until = at.after(told.lives().min(limits::REMEMBERED_FOR));
-                    let remembered = Ok(Remembered { told, at, durable: Mutex::new(durable) });
-                    if allowed {
-                        let app = Arc::clone(app);
-                        first.remember(remembered, until, move |_| {
-                            if let Some(grant) = permits {
-                                app.take_back(grant);
-                            }
-                        })
-                    } else {
-                        first.tell(remembered)
-                    }
-                }
-                Err(status) => first.tell(Err(status)),
-            },
-            Begun::Decided(told) => told,
-            Begun::Differs | Begun::Joined(_) => return Err(status::other_request()),
+        let told = match turn {
+            Some(Self::First(first)) => Self::end(first, decide().await, app),
+            Some(Self::Decided(told)) => told,
+            // Whose turn it is has been waited for, so it is nobody else's.
+            Some(Self::Joined(_)) | None => return Err(status::other_request(entry)),
         };
         let response = match &*told {
             Err(status) => return Err(status.clone()),
@@ -117,6 +132,46 @@ impl Answers {
             Ended::Lost => drop(told),
         });
         Ok((response, Some(delivery)))
+    }
+
+    /// Ends a request with what was decided of it, which all that joined are told.
+    ///
+    /// To be called at once: a caller that goes away between the charge and this would leave a charge that nobody
+    /// knows of.
+    pub(super) fn decided(
+        first: InProgress<'a, Decided>,
+        answer: Answer<Told>,
+        app: &Arc<App>,
+    ) -> Self {
+        Self::Decided(Self::end(first, Ok(answer), app))
+    }
+
+    fn end(
+        first: InProgress<'a, Decided>,
+        answer: Result<Answer<Told>, Status>,
+        app: &Arc<App>,
+    ) -> app::RequestTold<Decided> {
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(status) => return first.tell(Err(status)),
+        };
+        let at = app.time();
+        let (told, durable) = match answer {
+            Answer::Now(told) => (told, Waited::Over(Ok(()))),
+            Answer::Later(told, durable) => (told, Waited::For(durable)),
+        };
+        let (allowed, permits) = (told.allowed, told.permits);
+        let until = at.after(told.lives().min(limits::REMEMBERED_FOR));
+        let remembered = Ok(Remembered { told, at, durable: Mutex::new(durable) });
+        if !allowed {
+            return first.tell(remembered);
+        }
+        let app = Arc::clone(app);
+        first.remember(remembered, until, move |_| {
+            if let Some(grant) = permits {
+                app.take_back(grant);
+            }
+        })
     }
 }
 

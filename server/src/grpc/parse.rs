@@ -1,6 +1,6 @@
 //! From messages to what cannot be wrong. Past this file no name is empty and no number out of range.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use fusebox_proto::v1::{
     self, AcquireBatchRequest, AcquireRequest, Ask, GrantOutcome, Priority, ReportRequest,
@@ -49,14 +49,7 @@ pub(super) fn acquire(request: &AcquireRequest) -> Result<Wanted<'_>, Refusal> {
     entry(&mut refusal, None, request.client.is_some(), request);
     let max_wait = max_wait(&mut refusal, request);
     let id = request.request_id.as_str();
-    if id.len() > limits::REQUEST_ID_BYTES {
-        let (bytes, most) = (id.len(), limits::REQUEST_ID_BYTES);
-        refusal.violation("request_id", format!("{bytes} bytes; at most {most}"));
-    }
     let client = request.client.as_ref().map_or("", |client| &client.id);
-    if !id.is_empty() && client.is_empty() {
-        refusal.violation("client.id", "required: a request_id is a client's own");
-    }
     refusal.or_else(|| Wanted {
         message: request,
         request: Some((client, id)).filter(|_| !id.is_empty()),
@@ -102,6 +95,7 @@ pub(super) fn batch<'a>(
         refusal.violation("requests", format!("{asks} asks in all; at most {most}"));
     }
     let named = request.client.is_some();
+    let mut ids = HashMap::new();
     for (index, request) in entries.iter().enumerate() {
         if refusal.is_full() {
             break;
@@ -111,12 +105,43 @@ pub(super) fn batch<'a>(
             refusal.violation(format!("requests[{index}].namespace"), message);
         }
         entry(&mut refusal, Some(index), named, request);
+        let id = request.request_id.as_str();
+        if !id.is_empty()
+            && let Some(first) = ids.insert(id, index)
+        {
+            let message = format!("the same as of requests[{first}]; an id names one of them");
+            refusal.violation(format!("requests[{index}].request_id"), message);
+        }
     }
     refusal.or_else(|| Batch {
         namespace: &request.namespace,
         client: request.client.as_ref().map(accepted_client),
         entries: entries.iter().map(accepted),
     })
+}
+
+/// Some entries of a batch that nothing is wrong with.
+pub(super) fn some_of<'a>(
+    request: &'a AcquireBatchRequest,
+    entries: &'a [usize],
+) -> Batch<'a, impl ExactSizeIterator<Item = Entry<impl Iterator<Item = app::Ask<'a>>>>> {
+    Batch {
+        namespace: &request.namespace,
+        client: request.client.as_ref().map(accepted_client),
+        entries: entries.iter().map(|index| accepted(&request.requests[*index])),
+    }
+}
+
+/// One entry of a batch that nothing is wrong with.
+pub(super) fn one_of(
+    request: &AcquireBatchRequest,
+    entry: usize,
+) -> Acquire<'_, impl Iterator<Item = app::Ask<'_>>> {
+    Acquire {
+        namespace: &request.namespace,
+        client: request.client.as_ref().map(accepted_client),
+        entry: accepted(&request.requests[entry]),
+    }
 }
 
 /// Every outcome and renewal of a report.
@@ -195,11 +220,15 @@ fn entry(refusal: &mut Refusal, index: Option<usize>, named: bool, request: &Acq
         let message = "the batch names the client once; leave it out here";
         refusal.violation(field("client"), message);
     }
-    if index.is_some() {
-        refusal.unsupported(!request.request_id.is_empty(), || field("request_id"));
-        if request.max_wait.is_some() {
-            refusal.violation(field("max_wait"), "nobody waits inside a batch; leave it out");
-        }
+    if index.is_some() && request.max_wait.is_some() {
+        refusal.violation(field("max_wait"), "nobody waits inside a batch; leave it out");
+    }
+    let (bytes, most) = (request.request_id.len(), limits::REQUEST_ID_BYTES);
+    if bytes > most {
+        refusal.violation(field("request_id"), format!("{bytes} bytes; at most {most}"));
+    }
+    if bytes > 0 && !named {
+        refusal.violation("client.id", "required: a request_id is a client's own");
     }
     if Priority::try_from(request.priority).is_err() {
         refusal.violation(field("priority"), "not a priority");

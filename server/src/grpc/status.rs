@@ -85,10 +85,10 @@ pub(super) fn acquire(error: &AcquireError, entry: Option<usize>) -> Status {
 }
 
 /// The status of an Acquire under an id that another one has.
-pub(super) fn other_request() -> Status {
+pub(super) fn other_request(entry: Option<usize>) -> Status {
     let message = "another Acquire of this client had this id within the last minute: an id is for repeating \
                    the same Acquire";
-    let violation = FieldViolation::new("request_id", message);
+    let violation = FieldViolation::new(in_entry(entry) + "request_id", message);
     violations(Code::InvalidArgument, vec![violation])
 }
 

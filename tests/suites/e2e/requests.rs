@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use fusebox_proto::v1::{AcquireRequest, AcquireResponse, Ask, Client, Decision};
+use fusebox_proto::v1::{
+    AcquireBatchRequest, AcquireRequest, AcquireResponse, Ask, Client, Decision,
+};
 use fusebox_tests::{Server, eventually};
 use tonic::Code;
 
@@ -128,21 +130,55 @@ async fn those_that_join_a_waiting_request_are_told_with_it_and_hold_one_permit(
     server.stop().await.unwrap();
 }
 
+fn batch(entries: Vec<AcquireRequest>) -> AcquireBatchRequest {
+    let requests = entries
+        .into_iter()
+        .map(|entry| AcquireRequest { namespace: String::new(), client: None, ..entry })
+        .collect();
+    let client = Some(Client { id: "client".into(), ..Default::default() });
+    AcquireBatchRequest { namespace: "test".into(), client, requests }
+}
+
 #[tokio::test]
-async fn inside_a_batch_an_id_is_refused_for_now() {
+async fn in_a_batch_each_entry_may_be_repeated() {
     let server = Server::start(CONFIG).await;
-    let entry = AcquireRequest {
-        namespace: String::new(),
-        client: None,
-        ..named("a", [ask("hundred", "k", 1)])
+    let mut client = server.raw().await;
+    let known = acquire(&server, named("known", [ask("hundred", "k", 10)])).await;
+    let entries = || {
+        vec![
+            named("new", [ask("hundred", "k", 20)]),
+            named("known", [ask("hundred", "k", 10)]),
+            request([ask("hundred", "k", 1)]),
+        ]
     };
-    let batch = fusebox_proto::v1::AcquireBatchRequest {
-        namespace: "test".into(),
-        requests: vec![entry],
-        ..Default::default()
-    };
-    let status = server.raw().await.acquire_batch(batch).await.unwrap_err();
-    assert_eq!(status.code(), Code::Unimplemented);
-    assert!(status.message().starts_with("requests[0].request_id: "), "{}", status.message());
+    let first = client.acquire_batch(batch(entries())).await.unwrap().into_inner();
+    assert_eq!(remaining(&server, "hundred", "k").await, 69);
+    assert_eq!(first.responses[1], known);
+    let again = client.acquire_batch(batch(entries())).await.unwrap().into_inner();
+    assert_eq!(remaining(&server, "hundred", "k").await, 68, "but for the one without an id");
+    assert_eq!(again.responses[..2], first.responses[..2]);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_entry_under_the_id_of_another_request_fails_its_batch() {
+    let server = Server::start(CONFIG).await;
+    acquire(&server, named("a", [ask("hundred", "k", 1)])).await;
+    let other = vec![request([ask("hundred", "k", 5)]), named("a", [ask("hundred", "k", 2)])];
+    let refused = server.raw().await.acquire_batch(batch(other)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(refused.message().starts_with("requests[1].request_id: "), "{}", refused.message());
+    assert_eq!(remaining(&server, "hundred", "k").await, 99);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_id_that_is_twice_in_a_batch_is_refused() {
+    let server = Server::start(CONFIG).await;
+    let twice = vec![named("a", [ask("hundred", "k", 1)]), named("a", [ask("hundred", "k", 1)])];
+    let status = server.raw().await.acquire_batch(batch(twice)).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().starts_with("requests[1].request_id: "), "{}", status.message());
+    assert_eq!(remaining(&server, "hundred", "k").await, 100);
     server.stop().await.unwrap();
 }
