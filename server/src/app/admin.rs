@@ -620,11 +620,12 @@ impl App {
         for _ in 0..slices {
             let at = self.desk.pruned.fetch_add(1, Ordering::Relaxed);
             let policy = named[at / limits::NAME_SHARDS % named.len()];
-            policy.names.prune(at % limits::NAME_SHARDS, |cell| {
-                let limiters = policy.limiters();
-                let mut limiters = limiters.take(1).map(|limiter| Judge { limiter, catalogue });
-                let lives = |judge| self.storage.look(cell, judge, now).is_some();
-                !limiters.any(lives)
+            let Some(limiter) = policy.rules.limiters.first() else { continue };
+            let judge = Judge { limiter, catalogue };
+            policy.names.prune(at % limits::NAME_SHARDS, |first| {
+                // Of several limits on a key the first may be full long before the others.
+                let mut cells = (0..limits::LIMITS).map(|index| first.of_limit(index));
+                cells.all(|cell| self.storage.look(cell, judge, now).is_none())
             });
         }
     }
@@ -811,5 +812,76 @@ impl fmt::Display for Holding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, permits, leased, estimated, .. } = self;
         write!(f, "grant {name}: {permits} permits, {leased} leased, {estimated} estimated")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::{
+        app::{Acquire, Ask, Entry, Life, Priority},
+        clock::Clock,
+        config::Config,
+        entropy::SystemEntropy,
+        storage::{self, Recovered, Start, journal::Nothing},
+    };
+
+    /// Both clocks, which a test moves on.
+    #[derive(Debug)]
+    struct ByHand(Mutex<Duration>);
+
+    impl Clock for ByHand {
+        fn monotonic(&self) -> Duration {
+            *self.0.lock()
+        }
+
+        fn wall(&self) -> Duration {
+            *self.0.lock()
+        }
+    }
+
+    fn app(policy: &str, clock: &Arc<ByHand>) -> App {
+        let config = format!("namespaces: {{test: {{policies: {{policy: {policy}}}}}}}");
+        let config = Config::parse("test.yaml", &config).unwrap();
+        let recovered = storage::recover(Start {
+            journal: Nothing::open(),
+            accept_loss: false,
+            namespaces: &config.namespaces,
+            durability: Durability::Strict,
+            clock: Arc::clone(clock) as Arc<_>,
+            entropy: &SystemEntropy,
+        });
+        let Recovered { catalogue, cells, grants, operations, clock, boot, secret, .. } =
+            recovered.unwrap();
+        let draining = CancellationToken::new();
+        let life = Life { boot, secret, open: grants, draining, operations };
+        App::new(catalogue, cells, clock, Arc::new(SystemEntropy), life)
+    }
+
+    #[test]
+    fn a_key_is_listed_until_the_last_of_its_limits_is_full() {
+        let clock = Arc::new(ByHand(Mutex::new(Duration::from_secs(1_790_000_000))));
+        let both =
+            "{limits: [{token_bucket: {limit: 5, per: 1m}}, {token_bucket: {limit: 5, per: 1h}}]}";
+        let app = app(both, &clock);
+        let ask = Ask { policy: "policy", key: "alice", cost: 1, estimated: false, lease: 0 };
+        let entry = Entry { asks: [ask], priority: Priority::Normal, retry: false };
+        let acquire = Acquire { namespace: "test", client: None, entry };
+        assert!(app.acquire(app.caller(Principal::Anonymous), acquire, |_| ()).is_ok());
+
+        let name = PolicyName::new("test", "policy");
+        let listed_after = |seconds| {
+            *clock.0.lock() += Duration::from_secs(seconds);
+            for _ in 0..limits::CELL_SHARDS {
+                app.tend().unwrap();
+            }
+            let Buckets { buckets, unnamed, .. } = app.buckets(&name, "", None, 10).unwrap();
+            (buckets.len(), unnamed)
+        };
+        assert_eq!(listed_after(0), (1, 0));
+        assert_eq!(listed_after(300), (1, 0), "one of the two is full");
+        assert_eq!(listed_after(3_600), (0, 0));
     }
 }
