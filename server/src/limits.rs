@@ -131,8 +131,8 @@ pub const DRAIN: Duration = Duration::from_secs(600);
 /// With `durability: relaxed`, how far the disk may lag behind memory.
 pub const RELAXED_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A policy that fills from empty within this time is never written while it lives: a crash empties it, and
-/// it has filled again before anybody would restart the server.
+/// A rate or window that fills from empty within this time is never written while it lives: a crash empties
+/// it, and it has filled again before anybody would restart the server.
 pub const FAST_FILL: Duration = Duration::from_secs(10);
 
 /// Time that a mark of a busy cell should last: one that lasts less is followed by one of twice the step. In

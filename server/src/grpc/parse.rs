@@ -152,7 +152,10 @@ pub(super) fn report(request: &ReportRequest) -> Result<Report<'_>, Refusal> {
     refusal.unsupported(request.sequence != 0, || "sequence".into());
     refusal.unsupported(!request.deltas.is_empty(), || "deltas".into());
     let (outcomes, renewals) = (&request.outcomes, &request.renew_grant_ids);
-    if outcomes.is_empty() && renewals.is_empty() || outcomes.len() > limits::REPORT_OUTCOMES {
+    if outcomes.is_empty() && renewals.is_empty() {
+        refusal.violation("outcomes", "a report says something: outcomes, or renew_grant_ids");
+    }
+    if outcomes.len() > limits::REPORT_OUTCOMES {
         refusal.violation("outcomes", count("outcomes", outcomes.len(), limits::REPORT_OUTCOMES));
     }
     if renewals.len() > limits::REPORT_OUTCOMES {

@@ -205,6 +205,8 @@ async fn a_report_that_is_wrong_is_told_where() {
         let refused = raw.report(report).await.unwrap_err();
         assert_names(&refused, Code::InvalidArgument, field);
     }
+    let refused = raw.report(renew(vec![])).await.unwrap_err();
+    assert!(refused.message().contains("renew_grant_ids"), "renewals alone would do: {refused}");
     let nameless = ReportRequest { outcomes: vec![outcome("1-1")], ..Default::default() };
     let refused = raw.report(nameless).await.unwrap_err();
     assert_names(&refused, Code::InvalidArgument, "namespace");
