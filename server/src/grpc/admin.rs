@@ -78,7 +78,7 @@ impl Methods for Admin {
         request: Request<GetPolicyRequest>,
     ) -> Result<Response<GetPolicyResponse>, Status> {
         let GetPolicyRequest { namespace, name } = request.into_inner();
-        let name = parse::policy_name(&namespace, &name, "name")?;
+        let name = parse::policy_name(&namespace, &name)?;
         let (app, _) = self.arrive()?;
         let policy = app.policy(&name).map_err(|error| status::admin(&error))?;
         let policy = Some(respond::named(&name, &policy));
@@ -122,7 +122,7 @@ impl Methods for Admin {
         request: Request<InspectBucketRequest>,
     ) -> Result<Response<InspectBucketResponse>, Status> {
         let InspectBucketRequest { namespace, policy, key } = request.into_inner();
-        let name = parse::bucket(&namespace, &policy, "key", &key)?;
+        let name = parse::bucket(&namespace, &policy, &key)?;
         let (app, _) = self.arrive()?;
         let bucket = app.inspect(&name, &key).map_err(|error| status::admin(&error))?;
         let bucket = Some(respond::bucket(bucket));

@@ -44,7 +44,7 @@ impl<'a> Wanted<'a> {
 /// One Acquire.
 pub(super) fn acquire(request: &AcquireRequest) -> Result<Wanted<'_>, Refusal> {
     let mut refusal = Refusal::default();
-    namespace(&mut refusal, &request.namespace);
+    refusal.required(&request.namespace, "namespace", || "namespace".into());
     client(&mut refusal, request.client.as_ref());
     entry(&mut refusal, None, request.client.is_some(), request);
     let max_wait = max_wait(&mut refusal, request);
@@ -83,7 +83,7 @@ pub(super) fn batch<'a>(
     Refusal,
 > {
     let mut refusal = Refusal::default();
-    namespace(&mut refusal, &request.namespace);
+    refusal.required(&request.namespace, "namespace", || "namespace".into());
     client(&mut refusal, request.client.as_ref());
     let entries = &request.requests;
     if entries.is_empty() || entries.len() > limits::BATCH_REQUESTS {
@@ -147,7 +147,7 @@ pub(super) fn one_of(
 /// Every outcome and renewal of a report.
 pub(super) fn report(request: &ReportRequest) -> Result<Report<'_>, Refusal> {
     let mut refusal = Refusal::default();
-    namespace(&mut refusal, &request.namespace);
+    refusal.required(&request.namespace, "namespace", || "namespace".into());
     client(&mut refusal, request.client.as_ref());
     refusal.unsupported(request.sequence != 0, || "sequence".into());
     refusal.unsupported(!request.deltas.is_empty(), || "deltas".into());
@@ -226,11 +226,8 @@ fn entry(refusal: &mut Refusal, index: Option<usize>, named: bool, request: &Acq
     if index.is_some() && request.max_wait.is_some() {
         refusal.violation(field("max_wait"), "nobody waits inside a batch; leave it out");
     }
-    let (bytes, most) = (request.request_id.len(), limits::REQUEST_ID_BYTES);
-    if bytes > most {
-        refusal.violation(field("request_id"), format!("{bytes} bytes; at most {most}"));
-    }
-    if bytes > 0 && !named {
+    refusal.at_most(limits::REQUEST_ID_BYTES, &request.request_id, || field("request_id"));
+    if !request.request_id.is_empty() && !named {
         refusal.violation("client.id", "required: a request_id is a client's own");
     }
     if Priority::try_from(request.priority).is_err() {
@@ -256,13 +253,8 @@ fn entry(refusal: &mut Refusal, index: Option<usize>, named: bool, request: &Acq
             refusal.violation("client.id", "required: a lease is a client's own");
         }
         refusal.unsupported(one.handle != 0, || field("handle"));
-        if one.policy.is_empty() {
-            refusal.violation(field("policy"), "required: the name of a policy");
-        }
-        if one.key.len() > limits::KEY_BYTES {
-            let (bytes, most) = (one.key.len(), limits::KEY_BYTES);
-            refusal.violation(field("key"), format!("{bytes} bytes; at most {most}"));
-        }
+        refusal.required(&one.policy, "policy", || field("policy"));
+        refusal.at_most(limits::KEY_BYTES, &one.key, || field("key"));
         estimated += usize::from(one.estimated);
         if one.estimated && one.cost == Some(0) {
             refusal.violation(field("cost"), "an estimate is at least 1; 0 is a peek");
@@ -294,21 +286,12 @@ fn client(refusal: &mut Refusal, client: Option<&v1::Client>) {
         ("client.service", &client.service),
         ("client.zone", &client.zone),
     ] {
-        let (bytes, most) = (text.len(), limits::CLIENT_BYTES);
-        if bytes > most {
-            refusal.violation(field, format!("{bytes} bytes; at most {most}"));
-        }
+        refusal.at_most(limits::CLIENT_BYTES, text, || field.into());
     }
 }
 
 fn accepted_client(client: &v1::Client) -> Client<'_> {
     Client { id: &client.id, service: &client.service, zone: &client.zone }
-}
-
-fn namespace(refusal: &mut Refusal, namespace: &str) {
-    if namespace.is_empty() {
-        refusal.violation("namespace", "required: the name of a namespace");
-    }
 }
 
 fn count(what: &str, count: usize, most: usize) -> String {

@@ -33,6 +33,21 @@ impl Refusal {
         }
     }
 
+    /// Notes a name that is missing.
+    pub(super) fn required(&mut self, name: &str, of: &str, field: impl FnOnce() -> String) {
+        if name.is_empty() {
+            self.violation(field(), format!("required: the name of a {of}"));
+        }
+    }
+
+    /// Notes a text that is too long.
+    pub(super) fn at_most(&mut self, most: usize, text: &str, field: impl FnOnce() -> String) {
+        let bytes = text.len();
+        if bytes > most {
+            self.violation(field(), format!("{bytes} bytes; at most {most}"));
+        }
+    }
+
     /// As much is noted as one answer tells.
     pub(super) fn is_full(&self) -> bool {
         self.unsupported.len() + self.violations.len() >= limits::VIOLATIONS
@@ -66,18 +81,11 @@ pub(super) fn acquire(error: &AcquireError, entry: Option<usize>) -> Status {
         AcquireError::UnknownPolicy { ask, policy } => {
             not_found("policy", policy, Some(field(*ask, "policy")))
         }
-        AcquireError::NeverPossible { ask, .. } => {
-            let violation = FieldViolation::new(field(*ask, "cost"), error.to_string());
-            violations(Code::InvalidArgument, vec![violation])
-        }
+        AcquireError::NeverPossible { ask, .. } => wrong(field(*ask, "cost"), error.to_string()),
         AcquireError::NotEstimable { ask, .. } => {
-            let violation = FieldViolation::new(field(*ask, "estimated"), error.to_string());
-            violations(Code::InvalidArgument, vec![violation])
+            wrong(field(*ask, "estimated"), error.to_string())
         }
-        AcquireError::TooManyLimits { .. } => {
-            let violation = FieldViolation::new("requests", error.to_string());
-            violations(Code::InvalidArgument, vec![violation])
-        }
+        AcquireError::TooManyLimits { .. } => wrong("requests", error.to_string()),
         AcquireError::Draining => Status::unavailable(error.to_string()),
         AcquireError::GrantsFull => Status::resource_exhausted(error.to_string()),
         AcquireError::Storage(error) => storage(error),
@@ -88,8 +96,7 @@ pub(super) fn acquire(error: &AcquireError, entry: Option<usize>) -> Status {
 pub(super) fn other_request(entry: Option<usize>) -> Status {
     let message = "another Acquire of this client had this id within the last minute: an id is for repeating \
                    the same Acquire";
-    let violation = FieldViolation::new(in_entry(entry) + "request_id", message);
-    violations(Code::InvalidArgument, vec![violation])
+    wrong(in_entry(entry) + "request_id", message)
 }
 
 /// The status of a Report that could not be taken.
@@ -124,6 +131,11 @@ fn storage(error: &StorageError) -> Status {
     }
 }
 
+/// One field is wrong.
+fn wrong(field: impl Into<String>, message: impl Into<String>) -> Status {
+    violations(Code::InvalidArgument, vec![FieldViolation::new(field, message)])
+}
+
 /// The first violation in the message, for those who only print that; all of them in the details.
 fn violations(code: Code, violations: Vec<FieldViolation>) -> Status {
     let more = violations.len().saturating_sub(1);
@@ -151,8 +163,7 @@ fn shortened(text: &str) -> String {
     if text.len() <= limits::ECHOED_BYTES {
         return text.to_owned();
     }
-    let end = (0..=limits::ECHOED_BYTES).rev().find(|end| text.is_char_boundary(*end));
-    format!("{}\u{2026}", &text[..end.unwrap_or(0)])
+    format!("{}\u{2026}", &text[..text.floor_char_boundary(limits::ECHOED_BYTES)])
 }
 
 /// What tonic answers to a message that it cannot take, as this service's contract says it.

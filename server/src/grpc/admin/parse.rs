@@ -25,7 +25,7 @@ pub(super) fn put_policy(request: PutPolicyRequest) -> Result<PutPolicy, Refusal
             refusal.violation(field, message);
         }
     }
-    at_most(&mut refusal, "reason", &reason, limits::REASON_BYTES);
+    refusal.at_most(limits::REASON_BYTES, &reason, || "reason".into());
     let name = PolicyName::new(&namespace, &name);
     let settings = policy.as_ref().and_then(|policy| policy::settings(&mut refusal, policy));
     if policy.is_none() {
@@ -50,20 +50,16 @@ pub(super) fn delete_policy(request: DeletePolicyRequest) -> Result<DeletePolicy
         request;
     let mut refusal = Refusal::default();
     let name = named(&mut refusal, &namespace, &name, "name");
-    at_most(&mut refusal, "reason", &reason, limits::REASON_BYTES);
+    refusal.at_most(limits::REASON_BYTES, &reason, || "reason".into());
     if expected == Some(0) {
         refusal.violation("expected_version", "versions begin at 1; leave it unset for any");
     }
     refusal.or_else(|| DeletePolicy { name, expected, dry_run, reason })
 }
 
-pub(super) fn policy_name(
-    namespace: &str,
-    policy: &str,
-    field: &str,
-) -> Result<PolicyName, Refusal> {
+pub(super) fn policy_name(namespace: &str, name: &str) -> Result<PolicyName, Refusal> {
     let mut refusal = Refusal::default();
-    let name = named(&mut refusal, namespace, policy, field);
+    let name = named(&mut refusal, namespace, name, "name");
     refusal.or_else(|| name)
 }
 
@@ -74,15 +70,10 @@ pub(super) fn policies(request: &ListPoliciesRequest) -> Result<Page, Refusal> {
     refusal.or_else(|| page)
 }
 
-pub(super) fn bucket(
-    namespace: &str,
-    policy: &str,
-    field: &str,
-    key: &str,
-) -> Result<PolicyName, Refusal> {
+pub(super) fn bucket(namespace: &str, policy: &str, key: &str) -> Result<PolicyName, Refusal> {
     let mut refusal = Refusal::default();
     let name = named(&mut refusal, namespace, policy, "policy");
-    at_most(&mut refusal, field, key, limits::KEY_BYTES);
+    refusal.at_most(limits::KEY_BYTES, key, || "key".into());
     refusal.or_else(|| name)
 }
 
@@ -90,7 +81,7 @@ pub(super) fn buckets(request: &ListBucketsRequest) -> Result<(PolicyName, Page)
     let ListBucketsRequest { namespace, policy, key_prefix, page_size, page_token } = request;
     let mut refusal = Refusal::default();
     let name = named(&mut refusal, namespace, policy, "policy");
-    at_most(&mut refusal, "key_prefix", key_prefix, limits::KEY_BYTES);
+    refusal.at_most(limits::KEY_BYTES, key_prefix, || "key_prefix".into());
     let scope = ["buckets", namespace, policy, key_prefix];
     let page = Page::of(&mut refusal, *page_size, page_token, &scope);
     refusal.or_else(|| (name, page))
@@ -115,7 +106,7 @@ pub(super) fn reset(
 ) -> Result<PolicyName, Refusal> {
     let mut refusal = Refusal::default();
     let name = named(&mut refusal, namespace, policy, "policy");
-    at_most(&mut refusal, "key", key, limits::KEY_BYTES);
+    refusal.at_most(limits::KEY_BYTES, key, || "key".into());
     required_reason(&mut refusal, reason);
     refusal.or_else(|| name)
 }
@@ -123,7 +114,7 @@ pub(super) fn reset(
 pub(super) fn clients(request: &ListClientsRequest) -> Result<Page, Refusal> {
     let ListClientsRequest { namespace, client_id, page_size, page_token } = request;
     let mut refusal = Refusal::default();
-    at_most(&mut refusal, "client_id", client_id, limits::CLIENT_BYTES);
+    refusal.at_most(limits::CLIENT_BYTES, client_id, || "client_id".into());
     let page = Page::of(&mut refusal, *page_size, page_token, &["clients", namespace, client_id]);
     refusal.or_else(|| page)
 }
@@ -134,7 +125,7 @@ pub(super) fn release(id: &str, reason: &str) -> Result<Option<GrantName>, Refus
     if id.is_empty() {
         refusal.violation("grant_id", "required: as ListClients tells it");
     }
-    at_most(&mut refusal, "grant_id", id, limits::GRANT_ID_BYTES);
+    refusal.at_most(limits::GRANT_ID_BYTES, id, || "grant_id".into());
     required_reason(&mut refusal, reason);
     refusal.or_else(|| id.parse().ok())
 }
@@ -158,25 +149,14 @@ pub(super) fn wanted(text: &str) -> Option<&str> {
 }
 
 fn named(refusal: &mut Refusal, namespace: &str, policy: &str, field: &str) -> PolicyName {
-    if namespace.is_empty() {
-        refusal.violation("namespace", "required: the name of a namespace");
-    }
-    if policy.is_empty() {
-        refusal.violation(field, "required: the name of a policy");
-    }
+    refusal.required(namespace, "namespace", || "namespace".into());
+    refusal.required(policy, "policy", || field.into());
     PolicyName::new(namespace, policy)
-}
-
-fn at_most(refusal: &mut Refusal, field: &str, text: &str, most: usize) {
-    let bytes = text.len();
-    if bytes > most {
-        refusal.violation(field, format!("{bytes} bytes; at most {most}"));
-    }
 }
 
 fn required_reason(refusal: &mut Refusal, reason: &str) {
     if reason.is_empty() {
         refusal.violation("reason", "required: why, for the events");
     }
-    at_most(refusal, "reason", reason, limits::REASON_BYTES);
+    refusal.at_most(limits::REASON_BYTES, reason, || "reason".into());
 }
