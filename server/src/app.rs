@@ -31,9 +31,7 @@ pub use self::{
     line::{Attempt, Lines, Place, Stood},
     priority::Priority,
     report::{Renewed, Report, ReportError, Reported, Reports},
-    requests::{
-        Begun, Content, Digest, InProgress, Joined, RequestKey, Requests, Told as RequestTold,
-    },
+    requests::{Begun, InProgress, Joined, RequestKey, Requests, Told as RequestTold},
     waiting::Waiting,
 };
 use crate::{

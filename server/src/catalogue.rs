@@ -5,17 +5,17 @@ mod budget;
 mod names;
 pub mod registry;
 
-use std::{fmt, hash::Hasher, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use arrayvec::ArrayVec;
 use fusebox_core::{Ask, Kind, Limit, Moment, Purpose, Window};
 use hashbrown::HashMap;
-use siphasher::sip128::{Hash128, Hasher128, SipHasher24};
 
 pub use self::{almanac::Almanac, budget::Budget, names::Names};
 use crate::{
     app::{Priority, top_keys::TopKeys},
     counters::Decisions,
+    digest::{Content, Digest},
     limits,
     storage::{CellAsk, Keeping},
 };
@@ -337,52 +337,31 @@ impl CellId {
 }
 
 /// Hashes keys of one policy; namespace and policy are hashed already.
-#[derive(Clone)]
-pub struct CellHasher(SipHasher24);
-
-impl fmt::Debug for CellHasher {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("CellHasher")
-    }
-}
+#[derive(Clone, Debug)]
+pub struct CellHasher(Content);
 
 impl CellHasher {
     /// For the cells of one policy, under the secret of a data directory.
     pub fn new(secret: &[u8; 16], namespace: &str, policy: &str) -> Self {
-        let mut hasher = SipHasher24::new_with_key(secret);
-        write_prefixed(&mut hasher, namespace);
-        write_prefixed(&mut hasher, policy);
-        Self(hasher)
+        Self(Content::new(secret).text(namespace).text(policy))
     }
 
     /// The cell of `key`.
     pub fn cell(&self, key: &str) -> CellId {
-        let mut hasher = self.0;
-        write_prefixed(&mut hasher, key);
-        let Hash128 { h1, h2 } = hasher.finish128();
-        CellId([h1, h2])
+        let Digest(id) = self.0.text(key).digest();
+        CellId(id)
     }
 
     /// The cell that keys past the policy's budget share; those of an override's prefix have their own.
     pub fn overflow(&self, prefix: Option<&str>) -> CellId {
-        let mut hasher = self.0;
-        hasher.write(&OVERFLOW.to_le_bytes());
-        if let Some(prefix) = prefix {
-            write_prefixed(&mut hasher, prefix);
-        }
-        let Hash128 { h1, h2 } = hasher.finish128();
-        CellId([h1, h2])
+        let shared = self.0.number(OVERFLOW);
+        let Digest(id) = prefix.map_or(shared, |prefix| shared.text(prefix)).digest();
+        CellId(id)
     }
 }
 
 /// In the place of a key's length: no key has it.
 const OVERFLOW: u64 = u64::MAX;
-
-/// Each part with its length first: `a_b` and `c` is not `a` and `b_c`.
-fn write_prefixed(hasher: &mut SipHasher24, part: &str) {
-    hasher.write(&(part.len() as u64).to_le_bytes());
-    hasher.write(part.as_bytes());
-}
 
 #[cfg(test)]
 mod tests {

@@ -13,6 +13,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod counters;
+pub mod digest;
 pub mod entropy;
 pub mod grpc;
 pub mod lifecycle;

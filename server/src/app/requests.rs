@@ -13,52 +13,17 @@ use std::{
 
 use fusebox_core::Time;
 use parking_lot::Mutex;
-use siphasher::sip128::{Hash128, Hasher128, SipHasher24};
 use tokio::sync::oneshot;
 
 use super::Principal;
-use crate::limits;
+use crate::{
+    digest::{Content, Digest},
+    limits,
+};
 
 /// Names a request: who asks, and the id that they gave it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestKey([u64; 2]);
-
-/// What a request asks for, so that another one under the same id is told from a repetition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Digest([u64; 2]);
-
-/// What a request asks for, on its way to a [`Digest`].
-#[derive(Clone)]
-pub struct Content(SipHasher24);
-
-impl fmt::Debug for Content {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Content")
-    }
-}
-
-impl Content {
-    /// And this text; its length comes first, so `a_b` and `c` is not `a` and `b_c`.
-    #[must_use]
-    pub fn text(self, text: &str) -> Self {
-        let mut content = self.number(text.len() as u64);
-        std::hash::Hasher::write(&mut content.0, text.as_bytes());
-        content
-    }
-
-    /// And this number.
-    #[must_use]
-    pub fn number(mut self, number: u64) -> Self {
-        std::hash::Hasher::write(&mut self.0, &number.to_le_bytes());
-        self
-    }
-
-    /// All of it.
-    pub fn digest(&self) -> Digest {
-        let Hash128 { h1, h2 } = self.0.finish128();
-        Digest([h1, h2])
-    }
-}
 
 /// What became of a request with an id.
 #[derive(Debug)]
@@ -126,7 +91,7 @@ impl<T> Requests<T> {
 
     /// To be filled with all that a repetition has to repeat.
     pub fn content(&self) -> Content {
-        Content(SipHasher24::new_with_key(&self.secret))
+        Content::new(&self.secret)
     }
 
     /// Begins a request, or finds what became of it.

@@ -13,7 +13,8 @@ use super::{
     status,
 };
 use crate::{
-    app::{self, App, Begun, Digest, InProgress, Joined, Principal, RequestKey, Requests},
+    app::{self, App, Begun, InProgress, Joined, Principal, RequestKey, Requests},
+    digest::Digest,
     limits,
     storage::{Answer, Durable, StorageError},
 };
