@@ -31,7 +31,7 @@ pub use self::{
     line::{Attempt, Lines, Place, Stood},
     priority::Priority,
     report::{Renewed, Report, ReportError, Reported, Reports},
-    requests::{Begun, InProgress, Joined, RequestKey, Requests, Told as RequestTold},
+    requests::{Begun, InProgress, Joined, RequestKey, Requests, Share},
     waiting::Waiting,
 };
 use crate::{

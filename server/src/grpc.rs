@@ -20,7 +20,7 @@ pub use self::once::Answers;
 use self::{
     delivery::{Delivery, Ended},
     once::Turn,
-    respond::Told,
+    respond::Reply,
 };
 use crate::{
     app::{Acquired, App, Caller, Principal},
@@ -62,7 +62,8 @@ impl Service {
         let mut answers = Vec::new();
         if !ours.is_empty() {
             let decide = parse::some_of(batch, &ours);
-            let decided = app.acquire_batch(caller, decide, |told| respond::acquired(told, None));
+            let decided =
+                app.acquire_batch(caller, decide, |acquired| respond::acquired(acquired, None));
             answers = decided.map_err(|batch| {
                 status::acquire(&batch.error, batch.entry.map(|entry| ours[entry]))
             })?;
@@ -86,7 +87,7 @@ impl Service {
                     // Who decides it may have gone away: then it is this caller's turn after all.
                     let decide = async || {
                         let acquire = parse::one_of(batch, index);
-                        let tell = |told: &Acquired| respond::acquired(told, None);
+                        let tell = |acquired: &Acquired| respond::acquired(acquired, None);
                         let answer = app.acquire(caller, acquire, tell);
                         answer.map_err(|error| status::acquire(&error, Some(index)))
                     };
@@ -172,7 +173,8 @@ impl Resilience for Service {
         if request.requests.iter().any(|entry| !entry.request_id.is_empty()) {
             return self.acquire_batch_once(app, caller, request).await;
         }
-        let answers = app.acquire_batch(caller, batch, |told| respond::acquired(told, None));
+        let answers =
+            app.acquire_batch(caller, batch, |acquired| respond::acquired(acquired, None));
         let answers = answers.map_err(|batch| status::acquire(&batch.error, batch.entry))?;
         // What any of them holds is watched before the first is waited for.
         let answers: Vec<_> = answers.into_iter().map(|answer| on_its_way(answer, app)).collect();
@@ -200,8 +202,9 @@ impl Resilience for Service {
 }
 
 /// Decides an Acquire that does not wait in line.
-fn at_once(app: &App, caller: Caller, wanted: parse::Wanted<'_>) -> Result<Answer<Told>, Status> {
-    let answer = app.acquire(caller, wanted.acquire(), |told| respond::acquired(told, None));
+fn at_once(app: &App, caller: Caller, wanted: parse::Wanted<'_>) -> Result<Answer<Reply>, Status> {
+    let answer =
+        app.acquire(caller, wanted.acquire(), |acquired| respond::acquired(acquired, None));
     answer.map_err(|error| status::acquire(&error, None))
 }
 
@@ -210,16 +213,19 @@ async fn decided(
     app: &App,
     caller: Caller,
     wanted: parse::Wanted<'_>,
-) -> Result<Answer<Told>, Status> {
+) -> Result<Answer<Reply>, Status> {
     let Some((max_wait, waiting)) = wanted.waiting() else { return at_once(app, caller, wanted) };
     let answer = app.acquire_in_line(caller, waiting, max_wait, respond::acquired).await;
     answer.map_err(|error| status::acquire(&error, None))
 }
 
 /// An answer, and what watches over it from now on if it gives permits.
-fn on_its_way(answer: Answer<Told>, app: &Arc<App>) -> Answer<(AcquireResponse, Option<Delivery>)> {
-    answer.map(|told| {
-        let delivery = told.permits.map(|grant| {
+fn on_its_way(
+    answer: Answer<Reply>,
+    app: &Arc<App>,
+) -> Answer<(AcquireResponse, Option<Delivery>)> {
+    answer.map(|reply| {
+        let delivery = reply.permits.map(|grant| {
             let app = Arc::clone(app);
             Delivery::new(move |ended| {
                 if ended == Ended::Lost {
@@ -227,12 +233,12 @@ fn on_its_way(answer: Answer<Told>, app: &Arc<App>) -> Answer<(AcquireResponse, 
                 }
             })
         });
-        (told.response, delivery)
+        (reply.response, delivery)
     })
 }
 
 async fn watched(
-    answer: Answer<Told>,
+    answer: Answer<Reply>,
     app: &Arc<App>,
 ) -> Result<(AcquireResponse, Option<Delivery>), Status> {
     answered(on_its_way(answer, app)).await

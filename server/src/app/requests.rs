@@ -33,7 +33,7 @@ pub enum Begun<'a, T> {
     /// Somebody else decides it now.
     Joined(Joined<'a, T>),
     /// It is decided.
-    Decided(Told<T>),
+    Decided(Share<T>),
     /// Another request has this id.
     Differs,
 }
@@ -60,7 +60,7 @@ struct Entry<T> {
 }
 
 /// Those who joined a request in progress.
-type Waiting<T> = Vec<oneshot::Sender<Told<T>>>;
+type Waiting<T> = Vec<oneshot::Sender<Share<T>>>;
 
 #[derive(Debug)]
 enum State<T> {
@@ -178,8 +178,8 @@ impl<T> Shard<T> {
 
 /// What an entry is to a request of its key.
 enum Found<T> {
-    InProgress(oneshot::Receiver<Told<T>>),
-    Decided(Told<T>),
+    InProgress(oneshot::Receiver<Share<T>>),
+    Decided(Share<T>),
     Differs,
     /// It was remembered, and is no longer.
     Nothing,
@@ -230,20 +230,20 @@ impl<T> InProgress<'_, T> {
         answer: T,
         until: Time,
         undelivered: impl FnOnce(&T) + Send + 'static,
-    ) -> Told<T> {
+    ) -> Share<T> {
         let delivery = Delivery::Open { callers: 1, undelivered: Box::new(undelivered) };
         self.end(answer, delivery, Some(until))
     }
 
     /// Tells a denial, or whatever else gives nothing, to this caller and those who joined.
-    pub fn tell(self, answer: T) -> Told<T> {
+    pub fn tell(self, answer: T) -> Share<T> {
         self.end(answer, Delivery::Done, None)
     }
 
-    fn end(mut self, answer: T, delivery: Delivery<T>, until: Option<Time>) -> Told<T> {
+    fn end(mut self, answer: T, delivery: Delivery<T>, until: Option<Time>) -> Share<T> {
         self.ended = true;
         // This caller counts already, so the answer is not lost before all the others are told.
-        let told = Told(Arc::new(Answer { answer, delivery: Mutex::new(delivery) }));
+        let told = Share(Arc::new(Answer { answer, delivery: Mutex::new(delivery) }));
         let mut shard = self.requests.shard(self.key).lock();
         let joined = match until {
             Some(until) => shard.remember(self.key, until, Arc::clone(&told.0)),
@@ -277,7 +277,7 @@ pub struct Joined<'a, T> {
     key: RequestKey,
     digest: Digest,
     now: Time,
-    answer: oneshot::Receiver<Told<T>>,
+    answer: oneshot::Receiver<Share<T>>,
 }
 
 impl<'a, T> Joined<'a, T> {
@@ -321,13 +321,13 @@ impl<T: fmt::Debug> fmt::Debug for Answer<T> {
 
 impl<T> Answer<T> {
     /// For one more caller; `None` if it is lost.
-    fn tell(self: &Arc<Self>) -> Option<Told<T>> {
+    fn tell(self: &Arc<Self>) -> Option<Share<T>> {
         match &mut *self.delivery.lock() {
             Delivery::Open { callers, .. } => *callers += 1,
             Delivery::Done => {}
             Delivery::Lost => return None,
         }
-        Some(Told(Arc::clone(self)))
+        Some(Share(Arc::clone(self)))
     }
 
     fn is_lost(&self) -> bool {
@@ -356,9 +356,9 @@ impl<T> Answer<T> {
 /// The answer, for one caller who is to be told. It is one for all who asked.
 #[derive(Debug)]
 #[must_use = "an answer that nobody is told is taken back"]
-pub struct Told<T>(Arc<Answer<T>>);
+pub struct Share<T>(Arc<Answer<T>>);
 
-impl<T> Told<T> {
+impl<T> Share<T> {
     /// The caller was told: what the answer gave is now somebody's.
     pub fn delivered(self) {
         let former = mem::replace(&mut *self.0.delivery.lock(), Delivery::Done);
@@ -366,7 +366,7 @@ impl<T> Told<T> {
     }
 }
 
-impl<T> Deref for Told<T> {
+impl<T> Deref for Share<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -374,7 +374,7 @@ impl<T> Deref for Told<T> {
     }
 }
 
-impl<T> Drop for Told<T> {
+impl<T> Drop for Share<T> {
     fn drop(&mut self) {
         if let Some(undelivered) = self.0.give_up() {
             undelivered(&self.0.answer);
@@ -438,7 +438,7 @@ mod tests {
         }
     }
 
-    fn decided(begun: Begun<'_, u32>) -> Told<u32> {
+    fn decided(begun: Begun<'_, u32>) -> Share<u32> {
         match begun {
             Begun::Decided(told) => told,
             other => panic!("{other:?}"),
@@ -671,7 +671,7 @@ mod tests {
     }
 
     /// Asks 64 times at once: how many decided, and what each is to be told.
-    async fn ask_64_times(taken_back: &TakenBack) -> (usize, Vec<Told<u32>>) {
+    async fn ask_64_times(taken_back: &TakenBack) -> (usize, Vec<Share<u32>>) {
         let (requests, decisions) = (Arc::new(requests()), Arc::new(AtomicUsize::new(0)));
         let mut tasks = tokio::task::JoinSet::new();
         for number in 0..64 {

@@ -9,11 +9,11 @@ use tonic::Status;
 
 use super::{
     delivery::{Delivery, Ended},
-    respond::{self, Told},
+    respond::{self, Reply},
     status,
 };
 use crate::{
-    app::{self, App, Begun, InProgress, Joined, Principal, RequestKey, Requests},
+    app::{App, Begun, InProgress, Joined, Principal, RequestKey, Requests, Share},
     digest::Digest,
     limits,
     storage::{Answer, Durable, StorageError},
@@ -32,12 +32,12 @@ pub(super) enum Turn<'a> {
     /// Somebody else's.
     Joined(Joined<'a, Decided>),
     /// It is decided.
-    Decided(app::RequestTold<Decided>),
+    Decided(Share<Decided>),
 }
 
 /// An answer, and when it may be told.
 pub(super) struct Remembered {
-    told: Told,
+    reply: Reply,
     /// When it was decided: what it says of lifetimes is counted from there.
     at: Time,
     durable: Mutex<Waited>,
@@ -112,7 +112,7 @@ impl<'a> Turn<'a> {
         decide: impl FnOnce() -> D,
     ) -> Result<(AcquireResponse, Option<Delivery>), Status>
     where
-        D: Future<Output = Result<Answer<Told>, Status>>,
+        D: Future<Output = Result<Answer<Reply>, Status>>,
     {
         let turn = match self {
             Self::Joined(joined) => Self::of(joined.turn().await),
@@ -141,7 +141,7 @@ impl<'a> Turn<'a> {
     /// knows of.
     pub(super) fn decided(
         first: InProgress<'a, Decided>,
-        answer: Answer<Told>,
+        answer: Answer<Reply>,
         app: &Arc<App>,
     ) -> Self {
         Self::Decided(Self::end(first, Ok(answer), app))
@@ -149,21 +149,21 @@ impl<'a> Turn<'a> {
 
     fn end(
         first: InProgress<'a, Decided>,
-        answer: Result<Answer<Told>, Status>,
+        answer: Result<Answer<Reply>, Status>,
         app: &Arc<App>,
-    ) -> app::RequestTold<Decided> {
+    ) -> Share<Decided> {
         let answer = match answer {
             Ok(answer) => answer,
             Err(status) => return first.tell(Err(status)),
         };
         let at = app.time();
-        let (told, durable) = match answer {
-            Answer::Now(told) => (told, Waited::Over(Ok(()))),
-            Answer::Later(told, durable) => (told, Waited::For(durable)),
+        let (reply, durable) = match answer {
+            Answer::Now(reply) => (reply, Waited::Over(Ok(()))),
+            Answer::Later(reply, durable) => (reply, Waited::For(durable)),
         };
-        let (allowed, permits) = (told.allowed, told.permits);
-        let until = at.after(told.lives().min(limits::REMEMBERED_FOR));
-        let remembered = Ok(Remembered { told, at, durable: Mutex::new(durable) });
+        let (allowed, permits) = (reply.allowed, reply.permits);
+        let until = at.after(reply.lives().min(limits::REMEMBERED_FOR));
+        let remembered = Ok(Remembered { reply, at, durable: Mutex::new(durable) });
         if !allowed {
             return first.tell(remembered);
         }
@@ -188,9 +188,9 @@ impl Remembered {
             return Err(status::acquire(&error.clone().into(), None));
         }
         drop(waited);
-        let mut response = self.told.response.clone();
+        let mut response = self.reply.response.clone();
         let since = Duration::from_nanos(app.time().nanos_since(self.at));
-        for (ask, life) in &self.told.lives {
+        for (ask, life) in &self.reply.lives {
             let left = respond::duration(life.saturating_sub(since));
             response.verdicts[*ask].expires_in = Some(left);
         }

@@ -10,7 +10,7 @@ use fusebox_proto::v1::{
 use crate::app::{Acquired, GrantId, Renewed, Reported};
 
 /// The answer to an Acquire, and what has to be known of it beside.
-pub(super) struct Told {
+pub(super) struct Reply {
     /// The answer.
     pub(super) response: AcquireResponse,
     /// Whether it allows.
@@ -21,7 +21,7 @@ pub(super) struct Told {
     pub(super) permits: Option<GrantId>,
 }
 
-impl Told {
+impl Reply {
     /// How long all that was granted lives; for ever if nothing was.
     pub(super) fn lives(&self) -> Duration {
         self.lives.iter().map(|(_, life)| *life).min().unwrap_or(Duration::MAX)
@@ -29,7 +29,7 @@ impl Told {
 }
 
 /// The answer to an Acquire, which stood in line for so long.
-pub(super) fn acquired(acquired: &Acquired, waited: Option<Duration>) -> Told {
+pub(super) fn acquired(acquired: &Acquired, waited: Option<Duration>) -> Reply {
     let Acquired { decided, grant, held } = acquired;
     let decision = &decided.decision;
     let mut verdicts: Vec<_> = decision.verdicts.iter().map(verdict).collect();
@@ -43,7 +43,7 @@ pub(super) fn acquired(acquired: &Acquired, waited: Option<Duration>) -> Told {
         waited: waited.map(duration),
         verdicts,
     };
-    Told {
+    Reply {
         response,
         allowed: decision.allowed,
         lives: held.iter().map(|held| (held.ask, held.expires_in)).collect(),
