@@ -1,4 +1,5 @@
-//! One life of the server, from its parts to its end. Every task starts and ends here.
+//! One life of the server, from its parts to its end. What tends it, and the thread that writes, start and end
+//! here; connections have tasks of their own.
 
 use std::{
     pin::pin,
