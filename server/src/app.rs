@@ -41,8 +41,8 @@ use crate::{
     limits,
     reservation::Reservation,
     storage::{
-        Answer, CellAsk, Charge, Charged, Decided, Holds, OpenGrant, OpenPart, Operations, Room,
-        Storage, StorageError,
+        Answer, CellAsk, Charge, Charged, Decided, Holds, Judge, OpenGrant, OpenPart, Operations,
+        Room, Storage, StorageError,
     },
 };
 
@@ -522,7 +522,7 @@ impl App {
         let limiter = catalogue.numbered(due.limiter.number).unwrap_or(&due.limiter);
         let settlement = crate::storage::Settlement {
             cell: due.cell,
-            judge: crate::storage::Judge { limiter, catalogue: &catalogue },
+            judge: Judge { limiter, catalogue: &catalogue },
             revision: due.revision,
             known: fusebox_core::Settlement { window: limiter.window(now), ..due.known },
         };

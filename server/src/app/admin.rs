@@ -26,7 +26,7 @@ use crate::{
     app::GrantName,
     catalogue::{
         Catalogue, CellId, Policy, PolicyName,
-        registry::{Configured, Registry, Source},
+        registry::{self, Configured, Registry, Source},
     },
     config::{self, Difference, Durability, difference},
     limits,
@@ -492,7 +492,7 @@ impl App {
         let unknown = || AdminError::UnknownGrant(name.to_string());
         let grant = self.grants.look(name.id).ok_or_else(unknown)?;
         let held = self.holding(name, &grant, now.time);
-        let (_, dues) = self.grants.force_release(name.id).ok_or_else(unknown)?;
+        let dues = self.grants.force_release(name.id).ok_or_else(unknown)?;
         let mut answers = Vec::with_capacity(dues.len());
         for due in dues {
             answers.push(self.settle(&due, now)?);
@@ -633,7 +633,7 @@ impl App {
     /// Has a change written, makes it, and has all written that it needs from then on.
     async fn make(
         &self,
-        mut change: crate::catalogue::registry::Change,
+        mut change: registry::Change,
         event: events::Change,
         now: Moment,
     ) -> Result<(), StorageError> {

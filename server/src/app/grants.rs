@@ -397,11 +397,11 @@ impl Grants {
     }
 
     /// Ends an open grant, whoever it is of, as if all of it had expired now.
-    pub(super) fn force_release(&self, id: GrantId) -> Option<(Owner, Vec<Due>)> {
+    pub(super) fn force_release(&self, id: GrantId) -> Option<Vec<Due>> {
         let mut shard = self.shard(id).lock();
         let grant = shard.end(id)?;
         self.open.fetch_sub(1, Ordering::Relaxed);
-        Some((grant.owner, grant.parts.iter().map(Part::expired).collect()))
+        Some(grant.parts.iter().map(Part::expired).collect())
     }
 
     /// Takes what has expired, a bounded number of it.

@@ -7,7 +7,7 @@ use fusebox_core::{Admission, Reason};
 use super::{
     Acquire, AcquireError, Acquired, App, Ask, Attempt, Caller, Counts, Entry, Stands, Stood,
 };
-use crate::{limits, storage::Answer};
+use crate::{catalogue::CellId, limits, storage::Answer};
 
 /// An Acquire of one ask, to be decided when it can be allowed.
 pub type Waiting<'a> = Acquire<'a, Ask<'a>>;
@@ -85,7 +85,7 @@ impl App {
     }
 
     /// The line of what is asked, and how many may stand in it.
-    fn line_of(&self, acquire: &Waiting<'_>) -> Option<(crate::catalogue::CellId, usize)> {
+    fn line_of(&self, acquire: &Waiting<'_>) -> Option<(CellId, usize)> {
         let catalogue = self.catalogue.load();
         let ask = &acquire.entry.asks;
         let policy = catalogue.namespace(acquire.namespace)?.policy(ask.policy)?;

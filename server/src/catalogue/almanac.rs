@@ -20,11 +20,6 @@ impl Almanac {
         Self { calendar, latest: ArcSwapOption::empty() }
     }
 
-    /// The calendar.
-    pub fn calendar(&self) -> &Calendar {
-        &self.calendar
-    }
-
     /// The window that `wall` is in.
     pub fn window(&self, wall: Wall) -> Window {
         let holds = |window: &Window| (window.start..window.end).contains(&wall);
