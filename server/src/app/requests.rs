@@ -235,6 +235,12 @@ impl<T> InProgress<'_, T> {
         self.end(answer, delivery, Some(until))
     }
 
+    /// The same of an ALLOW of which nothing is taken back: it is remembered also if nobody is left to be told,
+    /// so that who repeats it is not charged again.
+    pub fn keep(self, answer: T, until: Time) -> Told<T> {
+        self.end(answer, Delivery::Done, Some(until))
+    }
+
     /// Tells a denial, or whatever else gives nothing, to this caller and those who joined.
     pub fn tell(self, answer: T) -> Share<T> {
         self.end(answer, Delivery::Done, None)
@@ -523,6 +529,15 @@ mod tests {
         assert_eq!(taken_back.times(), 1);
         assert!(matches!(requests.begin(KEY, OTHER, NOW), Begun::First(_)));
         assert!(matches!(begin(&requests), Begun::First(_)));
+    }
+
+    #[test]
+    fn an_answer_of_which_nothing_is_taken_back_is_kept_for_who_asks_again() {
+        let requests = requests();
+        drop(first(&requests).keep(5, LATER));
+        assert_eq!(*decided(begin(&requests)), 5);
+        assert!(matches!(requests.begin(KEY, OTHER, NOW), Begun::Differs));
+        assert!(matches!(requests.begin(KEY, CONTENT, LATER), Begun::First(_)));
     }
 
     #[tokio::test]

@@ -164,15 +164,15 @@ impl<'a> Turn<'a> {
         let (allowed, permits) = (reply.allowed, reply.permits);
         let until = at.after(reply.lives().min(limits::REMEMBERED_FOR));
         let remembered = Ok(Remembered { reply, at, durable: Mutex::new(durable) });
-        if !allowed {
-            return first.tell(remembered);
-        }
-        let app = Arc::clone(app);
-        first.remember(remembered, until, move |_| {
-            if let Some(grant) = permits {
-                app.take_back(grant);
+        match permits {
+            Some(grant) => {
+                let app = Arc::clone(app);
+                first.remember(remembered, until, move |_| app.take_back(grant))
             }
-        })
+            // All else stands as charged, so it is told to whoever repeats the request.
+            None if allowed => first.keep(remembered, until),
+            None => first.tell(remembered),
+        }
     }
 }
 
