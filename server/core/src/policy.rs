@@ -94,8 +94,16 @@ impl Policy {
     /// A cell that was counted under another policy until now, as one of this: what was spent stays spent.
     #[must_use]
     pub fn adopted(&self, cell: Cell, other: &Self, now: Moment) -> Cell {
+        let cell = other.overtaken(cell, now);
         let state = self.limit.rebase(other.current(cell), Some(&other.limit), now);
         Cell { revision: self.revision, state }
+    }
+
+    /// A cell that was counted under a policy that nobody here knows, as one of this: what was spent stays
+    /// spent, and nothing is refilled.
+    #[must_use]
+    pub fn adopted_of_unknown(&self, cell: Cell, now: Moment) -> Cell {
+        Cell { revision: self.revision, state: self.limit.rebase(cell.state, None, now) }
     }
 
     /// `cell` as these settings can know it where they are not the latest any more: of one that was counted in
@@ -105,7 +113,7 @@ impl Policy {
         if cell.revision <= self.revision {
             return cell;
         }
-        Cell { revision: self.revision, state: self.limit.rebase(cell.state, None, now) }
+        self.adopted_of_unknown(cell, now)
     }
 
     /// Whether what was charged in that revision can still be given back: a cell that was of another kind

@@ -565,7 +565,8 @@ impl Storage for Embedded {
             let start = if *unswept == 0 { u32::MAX } else { *unswept };
             *unswept = cells.retain_before(start, slice, |entry| {
                 let limiter = catalogue.numbered(entry.number);
-                let keep = limiter.is_some_and(|limiter| stays(entry, limiter, roomy, now));
+                // One that nobody here knows came since these policies were looked up.
+                let keep = limiter.is_none_or(|limiter| stays(entry, limiter, roomy, now));
                 if keep {
                     // Permits come and go: only what was not needed for long is lowered.
                     let is_high = limiter.is_some_and(|limiter| limiter.is_concurrency());
@@ -606,7 +607,9 @@ impl Storage for Embedded {
 fn stays(entry: &Entry, limiter: &Limiter, roomy: bool, now: Moment) -> bool {
     let lingers = if roomy && entry.is_on_disk() { limits::FULL_LINGERS } else { Duration::ZERO };
     let leaves_at = limiter.settings.leaves_at(entry.cell(), now);
-    leaves_at.is_none_or(|leaves_at| leaves_at.after(lingers) > now.time)
+    // What is counted in later settings says nothing in these.
+    entry.cell().revision > limiter.settings.revision
+        || leaves_at.is_none_or(|leaves_at| leaves_at.after(lingers) > now.time)
 }
 
 impl Embedded {
@@ -736,9 +739,10 @@ impl<'l> Locked<'l> {
         let entry = place.map(|place| self.shards[shard].1.cells.get(place));
         let cell = entry.map(|entry| {
             let other = (entry.number != limiter.number).then(|| catalogue.numbered(entry.number));
-            match other.flatten() {
-                Some(other) => limiter.settings.adopted(entry.cell(), &other.settings, now),
-                // Who looked the policy up a moment before it changed does not know what the cell is in now.
+            // Who looked the policy up a moment before it changed does not know what the cell is in now.
+            match other {
+                Some(Some(other)) => limiter.settings.adopted(entry.cell(), &other.settings, now),
+                Some(None) => limiter.settings.adopted_of_unknown(entry.cell(), now),
                 None => limiter.settings.overtaken(entry.cell(), now),
             }
         });
@@ -878,9 +882,6 @@ mod tests {
     #[test]
     fn who_looked_a_policy_up_before_it_changed_forgets_nothing_that_was_spent() {
         let kinds = || {
-            let sliding = |limit, per| {
-                Limit::SlidingWindow(SlidingWindow::new(limit, Duration::from_secs(per)).unwrap())
-            };
             let bucket = TokenBucket::new(10, Duration::from_secs(3_600), 10).unwrap();
             [Limit::TokenBucket(bucket), sliding(10, 3_600), sliding(10, 60), sliding(10, 86_400)]
         };
@@ -898,6 +899,57 @@ mod tests {
             assert!(left <= 3, "{older:?}, {newer:?}: {left}");
             let left = charge(&after, 0).unwrap().verdicts[0].remaining;
             assert!(left <= 4, "{older:?}, {newer:?}: {left}");
+        }
+    }
+
+    fn sliding(limit: u64, seconds: u64) -> Limit {
+        Limit::SlidingWindow(SlidingWindow::new(limit, Duration::from_secs(seconds)).unwrap())
+    }
+
+    /// Policies that know these limiters, and nothing else.
+    fn knowing<const N: usize>(limiters: [&Arc<Limiter>; N]) -> Catalogue {
+        Catalogue::new(1, [], limiters.map(Arc::clone))
+    }
+
+    #[test]
+    fn who_looked_a_policy_up_before_its_key_was_moved_forgets_nothing_that_was_spent() {
+        let now = Moment { time: Time::from_nanos(10_u64.pow(15)), ..NOW };
+        for (older, newer) in [(60, 3_600), (3_600, 60), (60, 60)] {
+            let before = Limiter { settings: Policy::new(sliding(10, older), 0), ..limiter(100) };
+            let (number, settings) = (LimiterNumber(1), Policy::new(sliding(10, newer), 0));
+            // It changed once more since it was looked up.
+            let known = Arc::new(Limiter { number, settings, ..limiter(100) });
+            let settings = known.settings.changed(sliding(10, 2 * newer), now);
+            let after = Limiter { number, settings, ..limiter(100) };
+            for catalogue in [Catalogue::default(), knowing([&known])] {
+                let cells = Embedded::new(100).0;
+                assert!(apply(&cells, &asks(&after, &[1], 9), None, now).unwrap().allowed);
+                let charge = Charge {
+                    charging: Charging::AllOrNothing,
+                    asks: &asks(&before, &[1], 2),
+                    catalogue: &catalogue,
+                };
+                let mut decided = Decided::default();
+                assert!(cells.apply(&charge, None, now, &mut decided).is_ok());
+                assert!(!decided.decision.allowed, "{older}, {newer}: one is left");
+            }
+        }
+    }
+
+    #[test]
+    fn who_sweeps_by_policies_of_a_moment_before_removes_nothing_of_what_is_new() {
+        let now = Moment { time: Time::from_nanos(10_u64.pow(15)), ..NOW };
+        let settings = Policy::new(sliding(10, 1), 0);
+        let before = Arc::new(Limiter { settings, ..limiter(100) });
+        let settings = before.settings.changed(sliding(10, 3_600), now);
+        let after = Limiter { settings, ..limiter(100) };
+        for catalogue in [Catalogue::default(), knowing([&before])] {
+            let cells = Embedded::new(100).0;
+            assert!(apply(&cells, &asks(&after, &[1], 10), None, now).unwrap().allowed);
+            for _ in 0..cells.shards() {
+                cells.tend(&catalogue, now);
+            }
+            assert!(!apply(&cells, &asks(&after, &[1], 1), None, now).unwrap().allowed);
         }
     }
 
@@ -1004,10 +1056,11 @@ mod tests {
 
     #[test]
     fn cells_that_are_full_leave_and_make_room() {
-        let (limiter, cells) = (limiter(100), Embedded::new(1).0);
+        let (limiter, cells) = (Arc::new(limiter(100)), Embedded::new(1).0);
+        let full = Moment::from_nanos(10_u64.pow(9));
         assert_eq!(left(&cells, &limiter, &[1], 1), [9]);
         for _ in 0..cells.shards() {
-            cells.tend(&Catalogue::default(), NOW);
+            cells.tend(&knowing([&limiter]), full);
         }
         assert_eq!(cells.live(), 0);
         assert_eq!(left(&cells, &limiter, &[2], 1), [9]);
@@ -1015,14 +1068,14 @@ mod tests {
 
     #[test]
     fn a_caller_that_is_late_does_not_find_a_swept_cell_full_before_it_was() {
-        let (limiter, cells) = (limiter(100), Embedded::new(10).0);
+        let (limiter, cells) = (Arc::new(limiter(100)), Embedded::new(10).0);
         let at = |millis: u64| Moment::from_nanos(millis * 1_000_000);
         let apply =
             |tokens, now| apply(&cells, &asks(&limiter, &[1], tokens), None, now).unwrap().allowed;
         assert!(apply(10, at(0)));
         // At 900 ms there were 9; the cell leaves at 1,000 ms, when there are 10.
         for _ in 0..cells.shards() {
-            cells.tend(&Catalogue::default(), at(1_000));
+            cells.tend(&knowing([&limiter]), at(1_000));
         }
         assert!(apply(10, at(900)));
         assert!(!apply(1, at(1_000)), "those 10 were of 1,000 ms");
