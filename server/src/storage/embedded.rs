@@ -282,11 +282,14 @@ impl Embedded {
             entry.set_cell(number, change.cell);
             match needs {
                 Needs::Nothing => {}
-                Needs::Time if entry.lagging != Lagging::Not => {}
                 Needs::Time => {
-                    entry.lagging = Lagging::Write;
-                    entry.set_on_disk(true);
-                    lagging.push(change.id);
+                    // One that is left is of a time when it was kept by marks.
+                    entry.clear_mark();
+                    if entry.lagging == Lagging::Not {
+                        entry.lagging = Lagging::Write;
+                        entry.set_on_disk(true);
+                        lagging.push(change.id);
+                    }
                 }
                 Needs::Round(round) => last = last.max(Some((*round, change.shard))),
                 Needs::Mark(marked, round) => {
@@ -951,6 +954,24 @@ mod tests {
             }
             assert!(!apply(&cells, &asks(&after, &[1], 1), None, now).unwrap().allowed);
         }
+    }
+
+    #[test]
+    fn what_was_kept_by_marks_is_written_as_it_is_once_it_is_not() {
+        let (marked, cells) =
+            (Limiter { keeping: Keeping::Marked, ..limiter(9) }, Embedded::new(9).0);
+        let behind = Limiter { keeping: Keeping::Behind, ..limiter(9) };
+        let (catalogue, mut decided) = (&Catalogue::default(), Decided::default());
+        for (limiter, tokens) in [(&marked, 1), (&behind, 5)] {
+            let asks = asks(limiter, &[1], tokens);
+            let charge = Charge { charging: Charging::AllOrNothing, asks: &asks, catalogue };
+            assert!(cells.apply(&charge, None, NOW, &mut decided).is_ok());
+        }
+        let mut changes = Vec::new();
+        cells.take_lagging(shard_of(cell(1)), 1, &mut changes);
+        let kept = changes[0].kept.as_ref().map(|kept| kept.cell);
+        let judge = Judge { limiter: &behind, catalogue };
+        assert_eq!(kept, cells.look(cell(1), judge, NOW));
     }
 
     #[test]

@@ -94,6 +94,11 @@ impl Entry {
         self.above_step = Some(NonZeroU8::MIN.saturating_add(step));
     }
 
+    /// Nothing is marked: what is to be on disk is the present state.
+    pub(super) fn clear_mark(&mut self) {
+        self.above_step = None;
+    }
+
     /// Whether there is a mark that covers more than the present state.
     pub(super) fn exceeds_lowest_mark(&self) -> bool {
         self.above_step.is_some() && self.mark.spent > self.state.lowest_mark(self.mark.at).spent
