@@ -237,7 +237,7 @@ impl<T> InProgress<'_, T> {
 
     /// The same of an ALLOW of which nothing is taken back: it is remembered also if nobody is left to be told,
     /// so that who repeats it is not charged again.
-    pub fn keep(self, answer: T, until: Time) -> Told<T> {
+    pub fn keep(self, answer: T, until: Time) -> Share<T> {
         self.end(answer, Delivery::Done, Some(until))
     }
 
