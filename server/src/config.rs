@@ -17,6 +17,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_saphyr::{DefaultMessageFormatter, MessageFormatter};
 use thiserror::Error;
 
+pub(crate) use self::policy::{
+    DEFAULT_MIN_PER_SECOND, DEFAULT_RATIO_BASIS_POINTS, DEFAULT_TIME_ZONE, DEFAULT_TTL,
+};
 pub use self::{
     difference::{Difference, difference},
     policy::{Keys, LimitSettings, Override, Policy},

@@ -14,6 +14,15 @@ use crate::{
     limits,
 };
 
+/// Where the midnights of a calendar window are, if nobody says.
+pub(crate) const DEFAULT_TIME_ZONE: &str = "UTC";
+/// How long permits live, and requests pay for retries, if nobody says.
+pub(crate) const DEFAULT_TTL: Duration = Duration::from_secs(10);
+/// Retries for each request, if nobody says: 10,000 is one.
+pub(crate) const DEFAULT_RATIO_BASIS_POINTS: u16 = 2_000;
+/// Retries that need no requests, if nobody says.
+pub(crate) const DEFAULT_MIN_PER_SECOND: u32 = 10;
+
 /// A policy as an operator writes it, its defaults filled in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "PolicyFields", into = "PolicyFields")]
@@ -293,7 +302,7 @@ struct PerFields {
 struct CalendarFields {
     limit: u64,
     every: Every,
-    #[serde(default = "utc")]
+    #[serde(default = "default_time_zone")]
     time_zone: String,
 }
 
@@ -325,20 +334,20 @@ struct ReservesFields {
     normal: Percent,
 }
 
-fn utc() -> String {
-    "UTC".into()
+fn default_time_zone() -> String {
+    DEFAULT_TIME_ZONE.into()
 }
 
 const fn default_ttl() -> Duration {
-    Duration::from_secs(10)
+    DEFAULT_TTL
 }
 
 const fn default_ratio() -> Percent {
-    Percent(2_000)
+    Percent(DEFAULT_RATIO_BASIS_POINTS)
 }
 
 const fn default_min_per_second() -> u32 {
-    10
+    DEFAULT_MIN_PER_SECOND
 }
 
 /// A share, in basis points: 10,000 is all. Written as `20%` or `12.5%`.

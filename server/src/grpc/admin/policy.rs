@@ -8,7 +8,10 @@ use fusebox_proto::v1::{self, CalendarUnit, limit, policy, policy_override};
 use crate::{
     calendar::{Calendar, Every},
     catalogue::Reserves,
-    config::{Durability, Keys, LimitSettings, Override, Policy},
+    config::{
+        DEFAULT_MIN_PER_SECOND, DEFAULT_RATIO_BASIS_POINTS, DEFAULT_TIME_ZONE, DEFAULT_TTL,
+        Durability, Keys, LimitSettings, Override, Policy,
+    },
     grpc::{respond::duration, status::Refusal},
     limits,
 };
@@ -225,7 +228,7 @@ fn limit_of(refusal: &mut Refusal, path: &str, kind: Kind) -> Option<LimitSettin
             at("calendar_window");
             let (limit, every) = (fields.limit(limit), fields.every(every));
             let (limit, every) = (limit?, every?);
-            let zone = if time_zone.is_empty() { "UTC" } else { time_zone.as_str() };
+            let zone = if time_zone.is_empty() { DEFAULT_TIME_ZONE } else { time_zone.as_str() };
             let calendar = fields.zone(Calendar::new(every, zone))?;
             let window = WindowLimit::calendar(limit, every.longest());
             (fields.right(window.map(Limit::Window))?, Some(calendar))
@@ -239,7 +242,8 @@ fn limit_of(refusal: &mut Refusal, path: &str, kind: Kind) -> Option<LimitSettin
         Kind::RetryBudget(v1::RetryBudget { ratio_basis_points, min_per_second, ttl }) => {
             at("retry_budget");
             let (ratio, ttl) = (fields.per_mille(ratio_basis_points), fields.ttl(ttl));
-            let budget = RetryBudget::new(ratio?, min_per_second.unwrap_or(10), ttl?);
+            let budget =
+                RetryBudget::new(ratio?, min_per_second.unwrap_or(DEFAULT_MIN_PER_SECOND), ttl?);
             (fields.right(budget.map(Limit::RetryBudget))?, None)
         }
         // Only in a list, and lists have no lists.
@@ -312,7 +316,7 @@ impl Fields<'_> {
 
     fn ttl(&mut self, ttl: Option<prost_types::Duration>) -> Option<Duration> {
         if ttl.is_none() {
-            return Some(Duration::from_secs(10));
+            return Some(DEFAULT_TTL);
         }
         let path = &self.path;
         optional(self.refusal, || format!("{path}.ttl"), ttl)
@@ -336,7 +340,7 @@ impl Fields<'_> {
     }
 
     fn per_mille(&mut self, basis_points: Option<u32>) -> Option<u16> {
-        let ratio = basis_points.unwrap_or(2_000);
+        let ratio = basis_points.unwrap_or(DEFAULT_RATIO_BASIS_POINTS.into());
         if ratio > 10_000 || !ratio.is_multiple_of(10) {
             let message = format!("{ratio} basis points; 0 to 10,000 are needed, in tens");
             self.wrong("ratio_basis_points", message);
