@@ -18,6 +18,8 @@ pub struct Policy {
     pub limit: Limit,
     /// Counts the changes of [`limit`](Self::limit).
     pub revision: u32,
+    /// The first revision since which it has been of one kind.
+    pub like_since: u32,
     /// Most tokens that a cell may owe beyond an empty bucket.
     pub max_debt: u64,
     /// What the limiter was before.
@@ -51,7 +53,7 @@ impl Policy {
     /// A policy that has never been another.
     #[must_use]
     pub fn new(limit: Limit, max_debt: u64) -> Self {
-        Self { limit, revision: 1, max_debt, formers: Formers::new(), absent: None }
+        Self { limit, revision: 1, like_since: 1, max_debt, formers: Formers::new(), absent: None }
     }
 
     /// The policy's next revision: `limit` from `at` on.
@@ -62,7 +64,9 @@ impl Policy {
             formers.remove(0);
         }
         formers.push(Former { revision: self.revision, limit: self.limit, until: at });
-        Self { limit, revision: self.revision + 1, formers, ..*self }
+        let revision = self.revision + 1;
+        let like_since = if limit.is_like(&self.limit) { self.like_since } else { revision };
+        Self { limit, revision, like_since, formers, ..*self }
     }
 
     /// The state of `cell` in the terms of this revision: the first touch after a change converts it.
@@ -120,9 +124,7 @@ impl Policy {
     /// since knows nothing of it.
     #[must_use]
     pub fn is_like_since(&self, revision: u32) -> bool {
-        let since = || self.formers.iter().filter(|former| former.revision >= revision);
-        let known = revision == self.revision || since().any(|former| former.revision == revision);
-        known && since().all(|former| former.limit.is_like(&self.limit))
+        (self.like_since..=self.revision).contains(&revision)
     }
 
     /// `cell` after a holder that a crash forgot has told of `permits` that it holds: they are its own again.

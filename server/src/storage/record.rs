@@ -142,6 +142,9 @@ pub(crate) struct LimiterRecord {
     /// Which of several limits on a key.
     #[prost(uint32, tag = "11")]
     pub(crate) index: u32,
+    /// The first revision since which it has been of one kind; 0 if its formers say.
+    #[prost(uint32, tag = "12")]
+    like_since: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -314,6 +317,7 @@ impl LimiterRecord {
             index,
             number: number.0,
             revision: policy.revision,
+            like_since: policy.like_since,
             limit: Some(LimitRecord::of(&policy.limit)),
             max_debt: policy.max_debt,
             formers: policy.formers.iter().map(FormerRecord::of).collect(),
@@ -329,11 +333,18 @@ impl LimiterRecord {
         if self.formers.len() > MAX_FORMERS {
             return None;
         }
+        let limit = self.limit?.limit()?;
+        let formers = self.formers.iter().map(FormerRecord::former).collect::<Option<Formers>>()?;
+        let like = formers.iter().rev().take_while(|former| former.limit.is_like(&limit)).last();
         Some(Policy {
-            limit: self.limit?.limit()?,
+            limit,
             revision: self.revision,
+            like_since: match self.like_since {
+                0 => like.map_or(self.revision, |former| former.revision),
+                known => known,
+            },
             max_debt: self.max_debt,
-            formers: self.formers.iter().map(FormerRecord::former).collect::<Option<Formers>>()?,
+            formers,
             absent: match &self.absent {
                 Some(absent) => Some(absent.cell()?),
                 None => None,

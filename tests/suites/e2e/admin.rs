@@ -652,6 +652,32 @@ async fn a_reset_forgets_what_was_spent_and_not_what_is_held() {
 }
 
 #[tokio::test]
+async fn what_is_held_through_many_changes_comes_back() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let server = Server::start_on(journal.open(), Arc::clone(&clock), &config(FILE)).await;
+    let (mut operator, mut caller) = (Operator::of(&server).await, Caller::of(&server).await);
+    operator.put("pool", permits(100)).await;
+    let before = caller.grant(ask("pool", "a", 3)).await;
+    for limit in 101..120 {
+        operator.put("pool", permits(limit)).await;
+    }
+    assert_eq!(caller.left("pool", "a").await, 116);
+    let after = caller.grant(ask("pool", "a", 2)).await;
+    assert_eq!(caller.report(ended(&before)).await, ReportResult::Applied);
+    assert_eq!(caller.left("pool", "a").await, 117);
+    server.stop().await.unwrap();
+
+    let server = Server::start_on(journal.open(), clock, &config(FILE)).await;
+    let (mut operator, mut caller) = (Operator::of(&server).await, Caller::of(&server).await);
+    for limit in 120..140 {
+        operator.put("pool", permits(limit)).await;
+    }
+    assert_eq!(caller.report(ended(&after)).await, ReportResult::Applied);
+    assert_eq!(caller.left("pool", "a").await, 139);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_grant_that_is_released_by_force_is_over_for_its_holder() {
     let server = serve().await;
     let mut operator = Operator::of(&server).await;
