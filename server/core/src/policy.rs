@@ -136,12 +136,16 @@ impl Policy {
         Some(Cell { revision: self.revision, state })
     }
 
-    /// `cell` as if nothing had been spent but what open grants hold.
+    /// `cell` as if nothing had been spent but what open grants hold, of each slice so much as `held` says.
     #[must_use]
-    pub fn reset(&self, cell: Cell, now: Moment) -> Cell {
+    pub fn reset(&self, cell: Cell, held: impl Fn(u64) -> u64, now: Moment) -> Cell {
         let state = match self.current(cell) {
             State::TokenBucket(state) => State::TokenBucket(state.reset()),
             State::Concurrency(state) => State::Concurrency(state.reset()),
+            State::SlidingWindow(state) => State::SlidingWindow(state.reset(held)),
+            State::Window(state) if held(state.end.as_nanos()) > 0 => {
+                State::Window(state.reset(held))
+            }
             _ => self.limit.having_spent(0, now),
         };
         Cell { revision: self.revision, state }

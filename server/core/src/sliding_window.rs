@@ -96,6 +96,15 @@ impl State {
         Mark { spent: self.counts[0] as u64, at }
     }
 
+    pub(crate) fn reset(mut self, held: impl Fn(u64) -> u64) -> Self {
+        let newest = self.newest();
+        for (age, count) in self.counts.iter_mut().enumerate() {
+            let slice = newest.checked_sub(age as u64);
+            *count = saturated(slice.map_or(0, &held)).min(*count);
+        }
+        self
+    }
+
     fn sum(&self) -> u64 {
         self.counts.iter().map(|count| u64::from(*count)).sum()
     }

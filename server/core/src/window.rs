@@ -123,6 +123,10 @@ impl State {
         Mark { spent: self.spent, at }
     }
 
+    pub(crate) fn reset(self, held: impl Fn(u64) -> u64) -> Self {
+        Self { spent: self.spent.min(held(self.end.as_nanos())), ..self }
+    }
+
     const fn is_adopted(&self) -> bool {
         self.end.as_nanos() == 0
     }

@@ -456,8 +456,10 @@ impl App {
         let mut answers = Vec::with_capacity(2 * limits::LIMITS);
         for (index, limiter) in policy.rules_of(key).limiters.iter().enumerate() {
             let judge = Judge { limiter, catalogue: &catalogue };
-            let mut reset = |cell| Some(limiter.settings.reset(cell, now));
             let cell = cell.of_limit(index);
+            let open = self.grants.held_of(cell, limiter);
+            let held = |slice| open.get(&slice).copied().unwrap_or(0);
+            let mut reset = |cell| Some(limiter.settings.reset(cell, held, now));
             answers.push(self.storage.change(cell, judge, &mut reset, now)?.map(drop));
             answers.push(self.storage.write_out(cell)?);
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use fusebox_proto::v1::{
     AcquireRequest, Bucket, BucketLimit, Client, ClientStatus, Concurrency, Decision,
     DeletePolicyRequest, DeletePolicyResponse, Durability, Event, EventAction, FixedWindow,
-    GetPolicyRequest, InspectBucketRequest, ListBucketsRequest, ListBucketsResponse,
+    GetPolicyRequest, GrantOutcome, InspectBucketRequest, ListBucketsRequest, ListBucketsResponse,
     ListClientsRequest, ListEventsRequest, ListEventsResponse, ListPoliciesRequest, NamedPolicy,
     Policy, PolicySource, PutPolicyRequest, PutPolicyResponse, ReleaseGrantRequest, ReportResult,
     ResetBucketRequest, ResetBucketResponse, ServerInfoRequest, SlidingWindow, StorageEngine,
@@ -648,6 +648,27 @@ async fn a_reset_forgets_what_was_spent_and_not_what_is_held() {
     server.stop().await.unwrap_err();
     let server = Server::start_on(journal.open(), clock, &config(FILE)).await;
     assert_eq!(Caller::of(&server).await.left("tokens", "a").await, 540);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_window_gives_back_after_a_reset_is_given_once() {
+    let server = serve().await;
+    let (mut operator, mut caller) = (Operator::of(&server).await, Caller::of(&server).await);
+    let fixed = Kind::FixedWindow(FixedWindow { limit: Some(10), per: time(3_600) });
+    let sliding = Kind::SlidingWindow(SlidingWindow { limit: Some(10), per: time(3_600) });
+    for (name, kind) in [("fixed", fixed), ("sliding", sliding)] {
+        operator.put(name, kind).await;
+        assert!(caller.ask(name, "a", 3).await.allowed);
+        let estimated = fusebox_proto::v1::Ask { estimated: true, ..ask(name, "a", 4) };
+        let grant = caller.grant(estimated).await;
+        operator.reset(name, "a").await;
+        assert_eq!(caller.left(name, "a").await, 6, "{name}: the estimate holds four");
+        assert!(caller.ask(name, "a", 6).await.allowed);
+        let nothing = GrantOutcome { actual_cost: Some(0), ..ended(&grant) };
+        assert_eq!(caller.report(nothing).await, ReportResult::Applied);
+        assert_eq!(caller.left(name, "a").await, 4, "{name}");
+    }
     server.stop().await.unwrap();
 }
 

@@ -1,6 +1,9 @@
 //! What is told of open grants.
 
-use super::{Grant, GrantId, GrantName, Grants, Holds};
+use std::collections::HashMap;
+
+use super::{Grant, GrantId, GrantName, Grants, Holds, Part};
+use crate::catalogue::{CellId, Limiter};
 
 impl Grants {
     /// Looks at every open grant.
@@ -15,6 +18,20 @@ impl Grants {
     /// The open grant of that id.
     pub(in crate::app) fn look(&self, id: GrantId) -> Option<Grant> {
         self.shard(id).lock().open.get(&id).cloned()
+    }
+
+    /// Tokens of a cell that open grants hold of those that a limiter charged in one slice.
+    pub(in crate::app) fn held_of(&self, cell: CellId, limiter: &Limiter) -> HashMap<u64, u64> {
+        let mut held = HashMap::new();
+        self.visit(|_, grant| {
+            for Part { open, .. } in &grant.parts {
+                let charged = (open.cell, open.number, open.revision);
+                if charged == (cell, limiter.number, limiter.settings.revision) {
+                    *held.entry(open.slice).or_default() += open.out();
+                }
+            }
+        });
+        held
     }
 
     /// The grant as its holder was told.
