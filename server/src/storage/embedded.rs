@@ -773,13 +773,15 @@ impl<'l> Locked<'l> {
 
     /// What a changed cell needs of the disk.
     fn needs(&self, change: &Changed<'_>, durable: u64, now: Moment) -> Needs {
-        match change.limiter.keeping {
-            Keeping::AtStop => return Needs::Nothing,
-            Keeping::Behind => return Needs::Time,
-            Keeping::Marked => {}
-        }
         let shard = &self.shards[change.shard].1;
         let entry = change.place.map(|place| shard.cells.get(place));
+        // A crash would believe what another limiter had written of the key: it has to know whose it is now.
+        let moved = |entry: &Entry| entry.is_on_disk() && entry.number != change.limiter.number;
+        match change.limiter.keeping {
+            Keeping::AtStop if !entry.is_some_and(moved) => return Needs::Nothing,
+            Keeping::Behind => return Needs::Time,
+            Keeping::AtStop | Keeping::Marked => {}
+        }
         let is_comparable = |entry: &&Entry| {
             entry.number == change.limiter.number && entry.cell().revision == change.cell.revision
         };

@@ -51,6 +51,29 @@ async fn the_key_itself_comes_before_the_longest_prefix() {
 }
 
 #[tokio::test]
+async fn a_key_that_is_not_written_any_more_starts_empty_after_a_crash() {
+    let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
+    let start = async |overrides: &str| {
+        let policy = format!("api: {{token_bucket: {{limit: 10, per: 1h}}{overrides}}}");
+        Server::start_on(journal.open(), Arc::clone(&clock), &config(&policy)).await
+    };
+    let server = start("").await;
+    assert!(Caller::of(&server).await.ask("api", "vip", 3).await.allowed);
+    server.stop().await.unwrap();
+    let fast = ", overrides: [{key: vip, token_bucket: {limit: 100, per: 1s}}]";
+    let server = start(fast).await;
+    for cost in [1, 96] {
+        assert!(Caller::of(&server).await.ask("api", "vip", cost).await.allowed);
+    }
+    journal.kill();
+    server.stop().await.unwrap_err();
+    // Not with what the slow one had written of it.
+    let server = start(fast).await;
+    assert_eq!(Caller::of(&server).await.left("api", "vip").await, 0);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_key_that_is_overridden_keeps_what_it_has_spent() {
     let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
     let start = async |overrides: &str| {
