@@ -16,7 +16,9 @@ use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use arrayvec::ArrayVec;
-use fusebox_core::{Charging, Decision, Kind, Limit, MAX_RULES, Moment, Purpose, Time, Wall};
+use fusebox_core::{
+    Admission, Charging, Decision, Kind, Limit, MAX_RULES, Moment, Purpose, Reason, Time, Wall,
+};
 use parking_lot::Mutex;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
@@ -348,6 +350,9 @@ impl App {
         let mut grants = needs_grant(&rules).then(|| self.reserve_grants(1)).transpose()?;
         let resolved = Resolved { catalogue: &catalogue, asks: &named, rules: &rules, client };
         let answer = self.decide(caller, resolved, None, grants.as_mut(), acquired)?;
+        if stands == Stands::Outside {
+            tell_line_full(&mut acquired.decided.decision);
+        }
         if counts == Counts::This
             || counts == Counts::IfAllowed && acquired.decided.decision.allowed
         {
@@ -656,6 +661,15 @@ fn tell_leases(decision: &mut Decision, rules: &[CellAsk<'_>]) {
     }
 }
 
+/// Has every denial say that there is no room in the line.
+fn tell_line_full(decision: &mut Decision) {
+    for verdict in &mut decision.verdicts {
+        if let Admission::Deny { reason, .. } = &mut verdict.admission {
+            *reason = Reason::LineFull;
+        }
+    }
+}
+
 /// How long what a grant holds lives.
 fn life(holds: Holds, rule: &CellAsk<'_>, policy: &Policy, slice: u64, now: Moment) -> Duration {
     match (holds, &rule.limiter.settings.limit) {
@@ -688,6 +702,8 @@ enum Stands {
     AtTheHead,
     /// It is not.
     Behind,
+    /// There is no room in it.
+    Outside,
 }
 
 /// Which attempt to decide an Acquire is counted: one of them.
@@ -746,7 +762,7 @@ impl<'n> Asker<'_, 'n> {
             Stands::NotAtAll if lines.standing() == 0 => false,
             Stands::NotAtAll => lines.is_held_for(policy.cells.cell(key), priority),
             Stands::AtTheHead => false,
-            Stands::Behind => true,
+            Stands::Behind | Stands::Outside => true,
         }
     }
 

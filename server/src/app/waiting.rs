@@ -50,12 +50,7 @@ impl App {
             }
         };
         let Some(place) = place else {
-            let denied = attempt(Stands::Behind, Counts::This, &mut acquired)?;
-            for verdict in &mut acquired.decided.decision.verdicts {
-                if let Admission::Deny { reason, .. } = &mut verdict.admission {
-                    *reason = Reason::LineFull;
-                }
-            }
+            let denied = attempt(Stands::Outside, Counts::This, &mut acquired)?;
             return Ok(denied.map(|()| tell(&acquired, None)));
         };
         let started = self.clock.time();

@@ -149,6 +149,9 @@ async fn a_full_line_says_so_at_once() {
     let waiter = stand(&server, waiting("short", LONG), 1).await;
     let answer = server.raw().await.acquire(waiting("short", LONG)).await.unwrap().into_inner();
     assert_eq!(answer.verdicts[0].reason(), Reason::LineFull);
+    let metrics = server.http("/metrics").await.1;
+    let counted = "policy=\"short\",reason=\"line_full\"} 1\n";
+    assert!(metrics.contains(counted), "{metrics}");
     waiter.abort();
     server.stop().await.unwrap();
 }
