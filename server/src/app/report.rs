@@ -30,6 +30,14 @@ pub struct Report<'a> {
     pub renewals: Vec<Option<GrantName>>,
 }
 
+impl Report<'_> {
+    /// Every grant that it names.
+    fn names(&self) -> impl Iterator<Item = GrantName> {
+        let outcomes = self.outcomes.iter().filter_map(|(name, _)| *name);
+        outcomes.chain(self.renewals.iter().flatten().copied())
+    }
+}
+
 /// Why nothing could be settled.
 #[derive(Debug, Error)]
 pub enum ReportError {
@@ -76,14 +84,16 @@ impl App {
         caller: Caller,
         report: &Report<'_>,
     ) -> Result<(Vec<Reported>, Vec<Renewed>), ReportError> {
-        let namespace: Arc<str> = report.namespace.into();
-        if self.catalogue.load().namespace(&namespace).is_none() {
+        let owner = Owner { principal: caller.principal, namespace: report.namespace.into() };
+        // Its last policy may have ended, and what was granted by it has not.
+        let is_known = self.catalogue.load().namespace(report.namespace).is_some()
+            || report.names().any(|name| self.grants.is_open(name.id, &owner));
+        if !is_known {
             return Err(ReportError::UnknownNamespace(report.namespace.to_owned()));
         }
         if let Some(client) = report.client {
-            self.desk.clients.see(&namespace, client, caller.now.time);
+            self.desk.clients.see(report.namespace, client, caller.now.time);
         }
-        let owner = Owner { principal: caller.principal, namespace };
         // All are settled at once, so that a caller that goes away leaves none behind; then all are waited for.
         let mut answers = Vec::new();
         let mut results = Vec::with_capacity(report.outcomes.len());

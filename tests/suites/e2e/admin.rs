@@ -7,9 +7,9 @@ use fusebox_proto::v1::{
     DeletePolicyRequest, DeletePolicyResponse, Durability, Event, EventAction, FixedWindow,
     GetPolicyRequest, GrantOutcome, InspectBucketRequest, ListBucketsRequest, ListBucketsResponse,
     ListClientsRequest, ListEventsRequest, ListEventsResponse, ListPoliciesRequest, NamedPolicy,
-    Policy, PolicySource, PutPolicyRequest, PutPolicyResponse, ReleaseGrantRequest, ReportResult,
-    ResetBucketRequest, ResetBucketResponse, ServerInfoRequest, SlidingWindow, StorageEngine,
-    TokenBucket, TopKeysRequest, admin_client::AdminClient, policy::Kind,
+    Policy, PolicySource, PutPolicyRequest, PutPolicyResponse, ReleaseGrantRequest, ReportRequest,
+    ReportResult, ResetBucketRequest, ResetBucketResponse, ServerInfoRequest, SlidingWindow,
+    StorageEngine, TokenBucket, TopKeysRequest, admin_client::AdminClient, policy::Kind,
 };
 use fusebox_server::storage::journal::Keyspace;
 use fusebox_tests::{ManualClock, Server, Simulated, eventually};
@@ -669,6 +669,36 @@ async fn what_a_window_gives_back_after_a_reset_is_given_once() {
         assert_eq!(caller.report(nothing).await, ReportResult::Applied);
         assert_eq!(caller.left(name, "a").await, 4, "{name}");
     }
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_policy_gave_comes_back_after_its_end() {
+    let server = serve().await;
+    let mut operator = Operator::of(&server).await;
+    let mut put = put("pool", permits(3));
+    put.namespace = "alone".into();
+    operator.try_put(put.clone()).await.unwrap();
+    let mut raw = server.raw().await;
+    let wanted = AcquireRequest { namespace: "alone".into(), ..request([ask("pool", "a", 3)]) };
+    let grant_id = raw.acquire(wanted.clone()).await.unwrap().into_inner().grant_id;
+    let request = DeletePolicyRequest {
+        namespace: "alone".into(),
+        name: "pool".into(),
+        reason: "a mistake".into(),
+        ..Default::default()
+    };
+    operator.0.delete_policy(request).await.unwrap();
+    let report = ReportRequest {
+        namespace: "alone".into(),
+        outcomes: vec![ended(&grant_id)],
+        ..Default::default()
+    };
+    let reported = raw.report(report.clone()).await.unwrap().into_inner();
+    assert_eq!(reported.results().next(), Some(ReportResult::Applied));
+    assert_eq!(raw.report(report).await.unwrap_err().code(), Code::NotFound);
+    operator.try_put(put).await.unwrap();
+    assert_eq!(raw.acquire(wanted).await.unwrap().into_inner().decision(), Decision::Allow);
     server.stop().await.unwrap();
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Grant, GrantId, GrantName, Grants, Holds, Part};
+use super::{Grant, GrantId, GrantName, Grants, Holds, Owner, Part};
 use crate::catalogue::{CellId, Limiter};
 
 impl Grants {
@@ -32,6 +32,11 @@ impl Grants {
             }
         });
         held
+    }
+
+    /// Whether a grant of that owner is open.
+    pub(in crate::app) fn is_open(&self, id: GrantId, owner: &Owner) -> bool {
+        self.shard(id).lock().open.get(&id).is_some_and(|grant| grant.owner == *owner)
     }
 
     /// The grant as its holder was told.
