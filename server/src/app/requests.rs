@@ -1,8 +1,9 @@
 //! Answers remembered by the id of their request, so that who asks twice is charged once.
 //!
-//! A repetition of a request in progress joins it. Its answer is one for all of them: what it gave is taken
-//! back, and the answer forgotten, only when none of those who waited for it is left to be told. A denial
-//! is told to those who joined, and not remembered. A crash forgets: then it is charged again, never less.
+//! A repetition of a request in progress joins it. Its answer is one for all of them: what it gave that can be
+//! taken back is, and the answer forgotten, only when none of those who waited for it is left to be told. Any
+//! other ALLOW stands, so that who lost it can ask again. A denial is told to those who joined, and not
+//! remembered. A crash forgets: then it is charged again, never less.
 
 use std::{
     collections::{HashMap, VecDeque, hash_map},
