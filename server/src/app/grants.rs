@@ -20,7 +20,7 @@ use siphasher::sip::SipHasher24;
 
 use super::Principal;
 use crate::{
-    catalogue::{CellId, Limiter, LimiterNumber},
+    catalogue::{Catalogue, CellId, Limiter, LimiterNumber},
     entropy::Entropy,
     limits,
     reservation::Reservation,
@@ -116,10 +116,14 @@ impl Part {
         self.due(actual.max(self.open.told), false)
     }
 
-    /// How long it lives when it is given, or renewed; `None` if it is not renewed.
-    fn renewed_for(&self) -> Option<Duration> {
-        match (self.open.holds, &self.limiter.settings.limit) {
-            (Holds::Permit, Limit::Concurrency(permits)) => Some(permits.ttl()),
+    /// How long it lives when it is renewed under these policies; `None` if it is not. A permit of what was of
+    /// another kind since is none that its cell counts.
+    fn renewed_for(&self, catalogue: &Catalogue) -> Option<Duration> {
+        let settings = &catalogue.numbered(self.open.number).unwrap_or(&self.limiter).settings;
+        match (self.open.holds, &settings.limit) {
+            (Holds::Permit, Limit::Concurrency(permits)) => {
+                settings.is_like_since(self.open.revision).then(|| permits.ttl())
+            }
             _ => None,
         }
     }
@@ -361,7 +365,13 @@ impl Grants {
     }
 
     /// Renews the permits of an open grant of this owner; how long it lives now.
-    pub(super) fn renew(&self, id: GrantId, owner: &Owner, now: Time) -> Taken<Duration> {
+    pub(super) fn renew(
+        &self,
+        id: GrantId,
+        owner: &Owner,
+        catalogue: &Catalogue,
+        now: Time,
+    ) -> Taken<Duration> {
         let mut shard = self.shard(id).lock();
         if shard.settled.get(&id).is_some_and(|other| other == owner) {
             return Taken::Settled;
@@ -370,7 +380,7 @@ impl Grants {
         let before = grant.expires_at();
         let mut lives = None;
         for part in &mut grant.parts {
-            if let Some(life) = part.renewed_for() {
+            if let Some(life) = part.renewed_for(catalogue) {
                 part.open.expires_at = now.after(life);
                 lives = lives.min(Some(life)).or(Some(life));
             }
@@ -617,10 +627,11 @@ mod tests {
     fn a_renewed_permit_lives_on() {
         let grants = Grants::new(1, [0; 16], 2);
         let id = open_parts(&grants, vec![part(Holds::Permit, 1, 10)]).unwrap().id;
-        assert!(matches!(grants.renew(id, &owner(), Time::from_nanos(9)), Taken::Open(_)));
+        let renew = |now| grants.renew(id, &owner(), &Catalogue::default(), Time::from_nanos(now));
+        assert!(matches!(renew(9), Taken::Open(_)));
         assert!(grants.expire(Time::from_nanos(1_000_000_008)).is_empty());
         assert_eq!(grants.expire(Time::from_nanos(1_000_000_009)).len(), 1);
-        assert!(matches!(grants.renew(id, &owner(), Time::ZERO), Taken::Unknown));
+        assert!(matches!(renew(0), Taken::Unknown));
     }
 
     #[test]

@@ -140,7 +140,8 @@ impl App {
     ) -> Result<Renewed, StorageError> {
         // Two attempts at once must not take over the permits of two.
         let _alone = self.grants.is_of_earlier(name.id).then(|| self.attesting.lock());
-        match self.grants.renew(name.id, owner, now.time) {
+        let catalogue = self.catalogue.load();
+        match self.grants.renew(name.id, owner, &catalogue, now.time) {
             Taken::Open(life) => return Ok(life),
             Taken::Settled => return Ok(Duration::ZERO),
             Taken::Unknown => {}
@@ -148,7 +149,6 @@ impl App {
         let Some(claim) = name.claim.filter(|_| self.grants.is_forgotten(name, owner)) else {
             return Ok(Duration::ZERO);
         };
-        let catalogue = self.catalogue.load();
         let Some(limiter) = catalogue.numbered(claim.number) else { return Ok(Duration::ZERO) };
         let Limit::Concurrency(permits) = &limiter.settings.limit else {
             return Ok(Duration::ZERO);

@@ -703,6 +703,25 @@ async fn what_a_policy_gave_comes_back_after_its_end() {
 }
 
 #[tokio::test]
+async fn a_permit_is_not_renewed_once_its_policy_was_of_another_kind() {
+    let server = serve().await;
+    let (mut operator, mut caller) = (Operator::of(&server).await, Caller::of(&server).await);
+    operator.put("pool", permits(3)).await;
+    let grant = caller.grant(ask("pool", "a", 3)).await;
+    assert_eq!(caller.renew(&grant).await, seconds(60));
+    operator.put("pool", bucket(5, 1)).await;
+    assert_eq!(caller.renew(&grant).await, seconds(0));
+    operator.put("pool", permits(3)).await;
+    assert_eq!(caller.renew(&grant).await, seconds(0), "nobody counts it any more");
+    // Of the same kind it lives as long as the policy says now.
+    let grant = caller.grant(ask("pool", "b", 1)).await;
+    let kind = Kind::Concurrency(Concurrency { limit: Some(3), ttl: time(30) });
+    operator.put("pool", kind).await;
+    assert_eq!(caller.renew(&grant).await, seconds(30));
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn what_is_held_through_many_changes_comes_back() {
     let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
     let server = Server::start_on(journal.open(), Arc::clone(&clock), &config(FILE)).await;
