@@ -190,7 +190,7 @@ pub const EXPIRED_PER_ROUND: usize = 1_024;
 /// more than it may, it writes half as fast.
 pub const SLED_CACHE_BYTES: u64 = 512 * 1024 * 1024;
 
-/// Cells of a policy that does not say: a million keys, a tenth of what a server holds.
+/// Cells of a policy that does not say: a million keys of one limit, a tenth of what a server holds.
 pub const POLICY_CELLS: usize = 1_000_000;
 
 /// Life of a lease of a policy that does not say, and what a policy may say: long enough that few calls ask,

@@ -189,7 +189,7 @@ fn observe(
     meter
         .u64_observable_gauge("fusebox_live_cells")
         .with_description(
-            "Keys that are remembered: their bucket is not full, or was not a minute ago",
+            "Cells that are remembered, one for each limit of a key: not full, or not a minute ago",
         )
         .with_callback(move |observer| {
             if let Some(app) = state.app() {
