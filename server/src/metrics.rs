@@ -20,7 +20,8 @@ use prometheus::{Histogram, HistogramOpts, HistogramVec, Registry, TextEncoder};
 use tonic::Code;
 
 use crate::{
-    catalogue::Budget,
+    app::App,
+    catalogue::{Budget, Policy},
     counters::{Connections, DECISION_LABELS, Disk},
     lifecycle::Lifecycle,
     limits,
@@ -125,7 +126,24 @@ fn observe(
     connections: &[(&'static str, Arc<Connections>)],
 ) {
     let meter = provider.meter("fusebox");
+    observe_decisions(&meter, lifecycle);
+    observe_reports(&meter, lifecycle);
+    observe_app(&meter, lifecycle);
+    observe_cells(&meter, lifecycle);
+    observe_disk(&meter, lifecycle);
+    observe_connections(&meter, connections);
+}
 
+/// The labels that name a policy.
+fn named(policy: &Policy) -> [KeyValue; 2] {
+    [
+        KeyValue::new("namespace", Arc::clone(&policy.namespace)),
+        KeyValue::new("policy", Arc::clone(&policy.name)),
+    ]
+}
+
+/// What each policy decided.
+fn observe_decisions(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
     let state = Arc::clone(lifecycle);
     meter
         .u64_observable_counter("fusebox_decisions")
@@ -139,13 +157,10 @@ fn observe(
                 // What can happen anywhere is told from the start, all else once it has.
                 let told = counts.filter(|(count, (_, reason))| *count > 0 || reason.is_empty());
                 for (count, (decision, reason)) in told {
-                    let labels = [
-                        KeyValue::new("namespace", Arc::clone(&policy.namespace)),
-                        KeyValue::new("policy", Arc::clone(&policy.name)),
-                        KeyValue::new("decision", decision),
-                        KeyValue::new("reason", reason),
-                    ];
-                    observer.observe(count, &labels);
+                    let [namespace, policy] = named(policy);
+                    let decision = KeyValue::new("decision", decision);
+                    let reason = KeyValue::new("reason", reason);
+                    observer.observe(count, &[namespace, policy, decision, reason]);
                 }
             }
         })
@@ -158,15 +173,13 @@ fn observe(
         .with_callback(move |observer| {
             let Some(app) = state.app() else { return };
             for policy in app.catalogue().policies() {
-                let labels = [
-                    KeyValue::new("namespace", Arc::clone(&policy.namespace)),
-                    KeyValue::new("policy", Arc::clone(&policy.name)),
-                ];
-                observer.observe(policy.decisions.debt_dropped(), &labels);
+                observer.observe(policy.decisions.debt_dropped(), &named(policy));
             }
         })
         .build();
+}
 
+fn observe_reports(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
     let state = Arc::clone(lifecycle);
     meter
         .u64_observable_counter("fusebox_reports")
@@ -184,57 +197,38 @@ fn observe(
             }
         })
         .build();
+}
 
-    let state = Arc::clone(lifecycle);
-    meter
-        .u64_observable_gauge("fusebox_live_cells")
-        .with_description(
+/// How much the server holds.
+fn observe_app(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
+    type Read = fn(&App) -> usize;
+    let gauges: [(_, _, Read); 4] = [
+        (
+            "fusebox_live_cells",
             "Cells that are remembered, one for each limit of a key: not full, or not a minute ago",
-        )
-        .with_callback(move |observer| {
-            if let Some(app) = state.app() {
-                observer.observe(app.live_cells() as u64, &[]);
-            }
-        })
-        .build();
+            App::live_cells,
+        ),
+        ("fusebox_open_grants", "Grants that are neither settled nor expired", |app| {
+            app.grants().open()
+        }),
+        ("fusebox_waiting", "Callers that stand in a line", App::waiting),
+        ("fusebox_events", "Events of the audit trail that are remembered", App::event_count),
+    ];
+    for (name, description, read) in gauges {
+        let state = Arc::clone(lifecycle);
+        meter
+            .u64_observable_gauge(name)
+            .with_description(description)
+            .with_callback(move |observer| {
+                if let Some(app) = state.app() {
+                    observer.observe(read(app) as u64, &[]);
+                }
+            })
+            .build();
+    }
+}
 
-    let state = Arc::clone(lifecycle);
-    meter
-        .u64_observable_gauge("fusebox_open_grants")
-        .with_description("Grants that are neither settled nor expired")
-        .with_callback(move |observer| {
-            if let Some(app) = state.app() {
-                observer.observe(app.grants().open() as u64, &[]);
-            }
-        })
-        .build();
-
-    let state = Arc::clone(lifecycle);
-    meter
-        .u64_observable_gauge("fusebox_waiting")
-        .with_description("Callers that stand in a line")
-        .with_callback(move |observer| {
-            if let Some(app) = state.app() {
-                observer.observe(app.waiting() as u64, &[]);
-            }
-        })
-        .build();
-
-    observe_cells(&meter, lifecycle);
-
-    let state = Arc::clone(lifecycle);
-    meter
-        .u64_observable_gauge("fusebox_events")
-        .with_description("Events of the audit trail that are remembered")
-        .with_callback(move |observer| {
-            if let Some(app) = state.app() {
-                observer.observe(app.event_count() as u64, &[]);
-            }
-        })
-        .build();
-
-    observe_disk(&meter, lifecycle);
-
+fn observe_connections(meter: &Meter, connections: &[(&'static str, Arc<Connections>)]) {
     let ports = connections.to_vec();
     meter
         .u64_observable_gauge("fusebox_connections")
@@ -279,11 +273,7 @@ fn observe_cells(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
             .with_callback(move |observer| {
                 let Some(app) = state.app() else { return };
                 for policy in app.catalogue().policies() {
-                    let labels = [
-                        KeyValue::new("namespace", Arc::clone(&policy.namespace)),
-                        KeyValue::new("policy", Arc::clone(&policy.name)),
-                    ];
-                    observer.observe(read(&policy.budget) as u64, &labels);
+                    observer.observe(read(&policy.budget) as u64, &named(policy));
                 }
             })
             .build();
