@@ -131,7 +131,7 @@ pub const DRAIN: Duration = Duration::from_secs(600);
 /// With `durability: relaxed`, how far the disk may lag behind memory.
 pub const RELAXED_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A rate or window that fills from empty within this time is never written while it lives: a crash empties
+/// A policy whose limits all fill from empty within this time is never written while it lives: a crash empties
 /// it, and it has filled again before anybody would restart the server.
 pub const FAST_FILL: Duration = Duration::from_secs(10);
 

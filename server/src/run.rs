@@ -149,8 +149,8 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     } = recovered;
     if !clean {
         tracing::warn!(
-            "the last stop was not clean: what is never written starts empty, the keys of rates and windows \
-             that fill within {:?} or only watch, and retry budgets",
+            "the last stop was not clean: what is never written starts empty, which is policies that fill \
+             within {:?} or only watch, and retry budgets",
             limits::FAST_FILL
         );
     }
