@@ -234,13 +234,12 @@ impl EventRecord {
 
 /// What is to be written for an event.
 pub fn write(event: &Event) -> Write {
-    let value = Some(EventRecord::of(event).encode_to_vec());
-    Write { keyspace: Keyspace::Events, key: event_key(event.number).to_vec(), value }
+    Write::put(Keyspace::Events, event_key(event.number), EventRecord::of(event).encode_to_vec())
 }
 
 /// What is to be written for the event of that number to be gone.
 pub fn deletion(number: u64) -> Write {
-    Write { keyspace: Keyspace::Events, key: event_key(number).to_vec(), value: None }
+    Write::delete(Keyspace::Events, event_key(number))
 }
 
 /// The key of an event: in the order of the events.

@@ -230,7 +230,7 @@ impl Registry {
             writes.push(written(name, configured));
         }
         writes.extend(self.limiters.iter().map(|(id, known)| known.written(id)));
-        writes.push(put(Keyspace::Meta, DIRECTORY.to_vec(), &self.directory));
+        writes.push(Write::put(Keyspace::Meta, DIRECTORY, self.directory.encode_to_vec()));
         Ok((writes, edits))
     }
 
@@ -324,8 +324,10 @@ impl Registry {
 
         let slowed = limiters.values().filter(|known| self.keeps && known.is_turning_slow);
         let slowed = slowed.map(|known| known.number).collect();
-        let mut writes =
-            vec![put(Keyspace::Meta, DIRECTORY.to_vec(), &directory), written(name, &configured)];
+        let mut writes = vec![
+            Write::put(Keyspace::Meta, DIRECTORY, directory.encode_to_vec()),
+            written(name, &configured),
+        ];
         writes.extend(limiters.iter().map(|(id, known)| known.written(id)));
         let former = catalogue.policy(name).map(|policy| &**policy);
         let policy = named_policy(self, name, settings, &mut limiters.clone(), former);
@@ -440,15 +442,11 @@ fn written(name: &PolicyName, configured: &Configured) -> Write {
         updated_nanos: saturating_nanos(configured.updated),
         made: configured.source == Source::Admin,
     };
-    put(Keyspace::Made, name.to_key(), &record)
+    Write::put(Keyspace::Made, name.to_key(), record.encode_to_vec())
 }
 
 fn deleted(name: &PolicyName) -> Write {
-    Write { keyspace: Keyspace::Made, key: name.to_key(), value: None }
-}
-
-fn put(keyspace: Keyspace, key: Vec<u8>, record: &impl Message) -> Write {
-    Write { keyspace, key, value: Some(record.encode_to_vec()) }
+    Write::delete(Keyspace::Made, name.to_key())
 }
 
 impl LimiterId {
@@ -506,7 +504,7 @@ impl Known {
         let keys = (id.keys.as_str(), id.index);
         let fast = self.is_fast || self.is_turning_slow;
         let record = LimiterRecord::of(names, keys, self.number, &self.settings, fast);
-        put(Keyspace::Policies, id.to_key(), &record)
+        Write::put(Keyspace::Policies, id.to_key(), record.encode_to_vec())
     }
 }
 

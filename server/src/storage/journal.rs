@@ -118,15 +118,27 @@ pub struct Write {
     pub value: Option<Vec<u8>>,
 }
 
+impl Write {
+    /// Of a value.
+    pub fn put(keyspace: Keyspace, key: impl Into<Vec<u8>>, value: Vec<u8>) -> Self {
+        Self { keyspace, key: key.into(), value: Some(value) }
+    }
+
+    /// That deletes a key, if it is there.
+    pub fn delete(keyspace: Keyspace, key: impl Into<Vec<u8>>) -> Self {
+        Self { keyspace, key: key.into(), value: None }
+    }
+}
+
 impl Batch {
     /// Writes a value.
     pub fn put(&mut self, keyspace: Keyspace, key: impl Into<Vec<u8>>, value: Vec<u8>) {
-        self.writes.push(Write { keyspace, key: key.into(), value: Some(value) });
+        self.writes.push(Write::put(keyspace, key, value));
     }
 
     /// Deletes a key, if it is there.
     pub fn delete(&mut self, keyspace: Keyspace, key: impl Into<Vec<u8>>) {
-        self.writes.push(Write { keyspace, key: key.into(), value: None });
+        self.writes.push(Write::delete(keyspace, key));
     }
 }
 

@@ -211,7 +211,7 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     }
     writes.extend(forgotten.into_iter().map(events::deletion));
     // What the last life wrote at its end is exact once.
-    writes.push(Write { keyspace: Keyspace::Meta, key: CLEAN_STOP.to_vec(), value: None });
+    writes.push(Write::delete(Keyspace::Meta, CLEAN_STOP));
     let mut journal = Numbered::new(journal, clock.clone(), found.max(witnessed), latest);
     journal.commit(Batch { writes })?;
     journal.sync_witnessed()?;
@@ -240,12 +240,11 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     let retired = registry.retired().filter(|(_, number)| is_done(number));
     let retired: Vec<_> = retired.map(|(id, _)| id.clone()).collect();
     registry.forget(&retired);
-    let retired = retired.iter().map(|id| (Keyspace::Policies, id.to_key()));
-    let deleted = gone.into_iter().chain(retired).map(|(space, key)| (space, key, None));
+    let retired = retired.iter().map(|id| Write::delete(Keyspace::Policies, id.to_key()));
+    let deleted = gone.into_iter().chain(retired);
     // One whose cells are written from now on was still to be recovered as if they were not: records of an
     // older time, before they were not written for a while, would have been believed. They are gone.
     let turned = registry.written_down(&registry.turning_slow());
-    let turned = turned.into_iter().map(|write| (write.keyspace, write.key, write.value));
     journal.commit_all(deleted.chain(turned))?;
     journal.sync_witnessed()?;
 
@@ -332,7 +331,7 @@ struct Revival<'a> {
     /// Limiters that have records.
     in_use: HashSet<LimiterNumber>,
     /// Records that no longer say anything.
-    gone: Vec<(Keyspace, Vec<u8>)>,
+    gone: Vec<Write>,
 }
 
 impl Revival<'_> {
@@ -350,7 +349,7 @@ impl Revival<'_> {
                 }
                 grants.push(grant);
             }
-            self.gone.push((Keyspace::Grants, key.to_vec()));
+            self.gone.push(Write::delete(Keyspace::Grants, key));
             Ok(())
         })?;
         journal.scan(Keyspace::Cells, &mut |key, value| {
@@ -383,7 +382,7 @@ impl Revival<'_> {
         let stale = !exact && self.were_fast.contains(&kept.number);
         let on_disk = limiter.keeping != Keeping::AtStop;
         if stale || leaves || !on_disk {
-            self.gone.push((Keyspace::Cells, id.to_bytes().to_vec()));
+            self.gone.push(Write::delete(Keyspace::Cells, id.to_bytes()));
         }
         if !stale && !leaves {
             // Converted for good: at the next start the change that it slept through may be forgotten. And

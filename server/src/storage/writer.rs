@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use super::{
     Embedded, OpenGrant, Storage, StorageError,
     embedded::{Change, Waiter, not_before},
-    journal::{Batch, Journal, JournalError, Keyspace},
+    journal::{Batch, Journal, JournalError, Keyspace, Write},
     record::{CellRecord, CleanStop, CommitRecord, GrantRecord, grant_key},
 };
 use crate::{clock::ServerClock, counters::Disk, limits};
@@ -98,17 +98,14 @@ impl Numbered {
         self.journal.witness(self.commit)
     }
 
-    /// Commits records in parts of a bounded size, without a sync.
+    /// Commits writes in parts of a bounded size, without a sync.
     pub(super) fn commit_all(
         &mut self,
-        records: impl IntoIterator<Item = (Keyspace, Vec<u8>, Option<Vec<u8>>)>,
+        writes: impl IntoIterator<Item = Write>,
     ) -> Result<(), JournalError> {
         let mut batch = Batch::default();
-        for (keyspace, key, value) in records {
-            match value {
-                Some(value) => batch.put(keyspace, key, value),
-                None => batch.delete(keyspace, key),
-            }
+        for write in writes {
+            batch.writes.push(write);
             if batch.writes.len() == limits::COMMIT_RECORDS {
                 self.commit(std::mem::take(&mut batch))?;
             }
@@ -196,15 +193,15 @@ impl Writer {
             let boot = writer.boot;
             writer.journal.commit_all(grants.iter().map(|grant| {
                 let record = GrantRecord::of(grant, boot).encode_to_vec();
-                (Keyspace::Grants, grant_key(grant.id).to_vec(), Some(record))
+                Write::put(Keyspace::Grants, grant_key(grant.id), record)
             }))?;
             for shard in 0..writer.cells.shards() {
-                let mut records = Vec::new();
+                let mut writes = Vec::new();
                 writer.cells.exact(shard, |id, kept| {
                     let record = CellRecord::exact(&kept, boot).encode_to_vec();
-                    records.push((Keyspace::Cells, id.to_bytes().to_vec(), Some(record)));
+                    writes.push(Write::put(Keyspace::Cells, id.to_bytes(), record));
                 });
-                writer.journal.commit_all(records)?;
+                writer.journal.commit_all(writes)?;
             }
             let mut batch = Batch::default();
             batch.put(Keyspace::Meta, CLEAN_STOP, CleanStop { boot }.encode_to_vec());
