@@ -698,16 +698,17 @@ impl<'a> Found<'a> {
 
 impl<'l> Locked<'l> {
     fn new(storage: &'l Embedded, ids: impl IntoIterator<Item = CellId>) -> Self {
-        let mut wanted: ArrayVec<usize, { 2 * MAX_RULES }> =
-            ids.into_iter().map(shard_of).collect();
+        // Filled where they lie: these are kilobytes, of which nearly all callers need a few bytes.
+        let mut wanted = ArrayVec::<usize, { 2 * MAX_RULES }>::new();
+        wanted.extend(ids.into_iter().map(shard_of));
         wanted.sort_unstable();
-        let mut shards = ArrayVec::<(usize, MutexGuard<'l, Shard>), { 2 * MAX_RULES }>::new();
-        for index in wanted {
-            if shards.last().is_none_or(|(last, _)| *last != index) {
-                shards.push((index, storage.shards[index].lock()));
+        let mut locked = Self { shards: ArrayVec::new() };
+        for index in &wanted {
+            if locked.shards.last().is_none_or(|(last, _)| last != index) {
+                locked.shards.push((*index, storage.shards[*index].lock()));
             }
         }
-        Self { shards }
+        locked
     }
 
     /// `now`, or the latest sweep of these shards.

@@ -210,12 +210,14 @@ pub(crate) fn run(what: What, times: usize) -> Result<()> {
             let (shadow, overflow) = (what == What::CoreShadow, false);
             let mut cells = vec![None; KEYS * count];
             let mut decision = Decision::default();
+            let mut rules = Rules::new();
             each(&mut |index, _| {
                 let rule = |(cell, policy)| {
                     let policy = black_box(policy);
                     Rule { cell, policy, ask: what.ask(), shadow, overflow, held: false }
                 };
-                let rules: Rules<'_> = policies.iter().enumerate().map(rule).collect();
+                rules.clear();
+                rules.extend(policies.iter().enumerate().map(rule));
                 let cells = &mut cells[index * count..(index + 1) * count];
                 let charging = Charging::AllOrNothing;
                 fusebox_core::apply_to(&mut decision, &rules, charging, cells, passes());
