@@ -632,7 +632,8 @@ impl Resolved<'_> {
                 let none = Held { ask, leased: 0, permits: false, expires_in: life };
                 let before = of_ask.unwrap_or(none);
                 of_ask = Some(Held {
-                    leased: before.leased + leased,
+                    // Of several limits each leases as much.
+                    leased: before.leased.max(leased),
                     permits: before.permits || holds == Holds::Permit,
                     expires_in: before.expires_in.min(life),
                     ..before
@@ -650,13 +651,15 @@ impl Resolved<'_> {
 fn tell_leases(decision: &mut Decision, rules: &[CellAsk<'_>]) {
     let allowed = decision.allowed;
     let is_lease = |rule: &CellAsk<'_>| matches!(rule.ask.purpose, Purpose::Lease { .. });
+    // One ask may want a lease. Its rules come first, and as many for the lease follow them.
+    let limits = rules.iter().filter(|rule| is_lease(rule)).count();
     for (index, _) in rules.iter().enumerate().filter(|(_, rule)| is_lease(rule)) {
-        let (lease, mut asked) = (decision.verdicts[index], decision.verdicts[index - 1]);
+        let (lease, mut asked) = (decision.verdicts[index], decision.verdicts[index - limits]);
         if allowed {
             asked.remaining = asked.remaining.saturating_sub(lease.granted);
             asked.reset_after = lease.reset_after;
         }
-        decision.verdicts[index - 1] = asked;
+        decision.verdicts[index - limits] = asked;
         decision.verdicts[index] = asked;
     }
 }
@@ -768,12 +771,13 @@ impl<'n> Asker<'_, 'n> {
 
     /// How many clients share what can be leased of the key, this one among them; `None` if nothing is leased.
     fn lessees(&self, policy: &Policy, ask: &Ask<'_>) -> Option<u32> {
-        let [limiter] = policy.rules_of(ask.key).limiters.as_slice() else { return None };
         let client = self.client.filter(|_| !policy.shadow)?;
         let (cell, time) = (policy.cells.cell(ask.key), policy.lease_time);
         let now = self.caller.now.time;
         let clients = self.app.lessees.count(cell, client.id, time, now)?;
-        is_leasable(&limiter.settings.limit, time, clients).then_some(clients)
+        let limiters = &policy.rules_of(ask.key).limiters;
+        let is_leasable = |limit| is_leasable(limit, time, clients);
+        limiters.iter().all(|limiter| is_leasable(&limiter.settings.limit)).then_some(clients)
     }
 }
 

@@ -5,7 +5,7 @@ use core::time::Duration;
 use arrayvec::ArrayVec;
 
 use crate::{
-    Admission, Ask, Cell, Kind, Level, Limit, Moment, Policy, Reason, Settled, Settlement,
+    Admission, Ask, Cell, Kind, Level, Limit, Moment, Policy, Purpose, Reason, Settled, Settlement,
 };
 
 /// Most rules that one decision takes: 16 asks of policies with four limits each.
@@ -146,10 +146,16 @@ pub fn apply_to(
     let mut planned = Cells::new();
     planned.extend(cells.iter().copied());
 
+    let mut lease = None;
     for rule in rules {
+        let mut ask = rule.ask;
+        if is_lease(rule) {
+            let most = *lease.get_or_insert_with(|| smallest_lease(rules, &planned, now));
+            ask.tokens = ask.tokens.min(most);
+        }
         let cell = &mut planned[rule.cell];
         let state = rule.policy.state(*cell);
-        let plan = rule.policy.limit.plan(state, rule.ask, now);
+        let plan = rule.policy.limit.plan(state, ask, now);
         let admission = told(plan.admission, rule);
         let allows = admission == Admission::Allow;
         decision.allowed &= allows || rule.shadow;
@@ -175,6 +181,20 @@ pub fn apply_to(
     } else {
         cells.copy_from_slice(&planned);
     }
+}
+
+const fn is_lease(rule: &Rule<'_>) -> bool {
+    matches!(rule.ask.purpose, Purpose::Lease { .. })
+}
+
+/// What every rule that is asked for a lease can give: of several limits on a key each leases as much, since what
+/// is spent of it counts against all.
+fn smallest_lease(rules: &[Rule<'_>], cells: &[Option<Cell>], now: Moment) -> u64 {
+    let leases = rules.iter().filter(|rule| is_lease(rule)).map(|rule| {
+        let state = rule.policy.state(cells[rule.cell]);
+        rule.policy.limit.plan(state, rule.ask, now).granted
+    });
+    leases.min().unwrap_or(0)
 }
 
 /// Whether it is a permit of a limiter that only watches: nobody would release it, so it is not taken.

@@ -110,12 +110,12 @@ async fn a_lease_of_a_long_window_ends_with_it() {
         "hour: {fixed_window: {limit: 36000, per: 1h}},
         half: {fixed_window: {limit: 36000, per: 30m}},
         sliding: {sliding_window: {limit: 36000, per: 1h}},
-        several: {limits: [{token_bucket: {limit: 100, per: 1s}}, {fixed_window: {limit: 9000, per: 1h}}]},
+        mixed: {limits: [{token_bucket: {limit: 100, per: 1s}}, {sliding_window: {limit: 9000, per: 1h}}]},
         calls: {concurrency: {limit: 100}}, shadow: {token_bucket: {limit: 100, per: 1s}, shadow: true}",
     )
     .await;
     let mut caller = Caller::named(&server, "one").await;
-    for policy in ["half", "sliding", "several", "calls", "shadow"] {
+    for policy in ["half", "sliding", "mixed", "calls", "shadow"] {
         let answer = caller.acquire(lease(policy, 10, 0)).await;
         assert_eq!(leased(&answer), 0, "{policy}");
     }
@@ -132,6 +132,25 @@ async fn a_lease_of_a_long_window_ends_with_it() {
     let late = caller.report(returned(&answer.grant_id, 10)).await;
     assert_eq!(late, ReportResult::UnknownGrant);
     assert_eq!(caller.left("hour", "a").await, 36_000);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn of_several_limits_each_leases_what_the_smallest_can() {
+    let server = serve(
+        "api: {limits: [{fixed_window: {limit: 36000, per: 1h}}, {token_bucket: {limit: 100, per: 1s}}]}",
+    )
+    .await;
+    let mut caller = Caller::named(&server, "one").await;
+    // Half a second before 15:00.
+    server.advance(seconds(46 * 60 + 39) + Duration::from_millis(500));
+    let answer = caller.acquire(lease("api", 1_000, 10)).await;
+    assert_eq!(leased(&answer), 45, "half of what 10 of 100 leave");
+    let verdict = &answer.verdicts[0];
+    assert_eq!(duration(verdict.expires_in), Some(Duration::from_millis(500)), "the earliest end");
+    assert_eq!((verdict.limit, verdict.remaining), (Some(100), Some(45)));
+    assert_eq!(caller.report(returned(&answer.grant_id, 20)).await, ReportResult::Applied);
+    assert_eq!(caller.left("api", "a").await, 65);
     server.stop().await.unwrap();
 }
 
