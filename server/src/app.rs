@@ -407,11 +407,12 @@ impl App {
 
         let mut answers = Vec::with_capacity(count);
         let mut start = (0, 0);
+        // One for all of them: it is some kilobytes, which would have to be moved for each.
+        let mut acquired = Acquired::default();
         for (entry, end) in ends.into_iter().enumerate() {
             let (asks, rules) = (&named[start.0..end.0], &rules[start.1..end.1]);
             let resolved = Resolved { catalogue: &catalogue, asks, rules, client };
             start = end;
-            let mut acquired = Acquired::default();
             let room = Some(&mut room);
             let answer = self.decide(caller, resolved, room, Some(&mut grants), &mut acquired);
             let answer = answer.map_err(|error| in_entry(entry, error.into()))?;
@@ -474,6 +475,7 @@ impl App {
         acquired: &mut Acquired,
     ) {
         let Acquired { decided, grant, held } = acquired;
+        *grant = None;
         held.clear();
         if let Some(room) = grants.filter(|_| decided.decision.allowed) {
             let parts = resolved.parts(decided, held, caller.now);
