@@ -14,6 +14,7 @@ mod kind;
 mod limit;
 mod policy;
 pub mod retry_budget;
+pub mod slices;
 pub mod sliding_window;
 mod time;
 pub mod token_bucket;

@@ -10,11 +10,11 @@ use thiserror::Error;
 
 use crate::{
     Admission, Ask, Kind, Level, Mark, Moment, Plan, Reason, Settled, Settlement, Time,
+    slices::{Cut, Slices},
     time::saturating_nanos,
 };
 
-/// Slices of one `ttl`.
-pub const SLICES: usize = 6;
+pub use crate::slices::SLICES;
 
 /// A retry, in the units of a slice: deposits are counted in thousandths.
 const RETRY: i64 = 1_000;
@@ -94,50 +94,22 @@ impl RetryBudget {
     }
 }
 
-/// What one cell remembers. Of 32 bits each, so that it is no larger than that of a token bucket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct State {
-    /// Deposits less withdrawals by slice, in thousandths of a retry, the newest first.
-    pub balances: [i32; SLICES + 1],
-    /// Number of the newest slice since [`Time::ZERO`]: the high and the low half.
-    newest: [u32; 2],
-}
+/// What one cell remembers: deposits less withdrawals by slice, in thousandths of a retry.
+pub type State = Slices<i32>;
 
 impl State {
-    /// `balances` of the slice of that number and those before it.
-    #[must_use]
-    pub const fn new(balances: [i32; SLICES + 1], newest: u64) -> Self {
-        #[allow(clippy::cast_possible_truncation)] // two halves
-        Self { balances, newest: [(newest >> 32) as u32, newest as u32] }
-    }
-
-    /// Number of the newest slice since [`Time::ZERO`].
-    #[must_use]
-    pub const fn newest(&self) -> u64 {
-        ((self.newest[0] as u64) << 32) | self.newest[1] as u64
-    }
-
     fn sum(&self) -> i64 {
-        self.balances.iter().map(|balance| i64::from(*balance)).sum()
+        self.counts.iter().map(|balance| i64::from(*balance)).sum()
     }
 
     /// The same with so much more, or less, in the newest slice.
     fn with_more(mut self, balance: i64) -> Self {
-        let sum = i64::from(self.balances[0]).saturating_add(balance);
+        let sum = i64::from(self.counts[0]).saturating_add(balance);
         let bounded = sum.clamp(i64::from(i32::MIN), i64::from(i32::MAX));
         #[allow(clippy::cast_possible_truncation)] // clamped
         let bounded = bounded as i32;
-        self.balances[0] = bounded;
+        self.counts[0] = bounded;
         self
-    }
-
-    /// As it is once the slice of that number has begun; unchanged if it is already further.
-    fn slid(self, to: u64) -> Self {
-        let mut slid = Self::new([0; SLICES + 1], to.max(self.newest()));
-        let ahead = usize::try_from(slid.newest() - self.newest()).unwrap_or(usize::MAX);
-        let kept = (SLICES + 1).saturating_sub(ahead);
-        slid.balances[SLICES + 1 - kept..].copy_from_slice(&self.balances[..kept]);
-        slid
     }
 }
 
@@ -149,7 +121,7 @@ impl Kind for RetryBudget {
     }
 
     fn plan(&self, state: Option<State>, ask: Ask, now: Moment) -> Plan<State> {
-        let before = self.current(state, now.time);
+        let before = self.cut().current(state, now.time);
         let tokens = i64::try_from(ask.tokens).unwrap_or(i64::MAX);
         let price = tokens.saturating_mul(RETRY);
         let admission = if !ask.retry || price <= self.balance(&before) {
@@ -174,7 +146,7 @@ impl Kind for RetryBudget {
             limit: MOST_AT_ONCE,
             before: level(&before),
             after: level(&after),
-            charged: if after.balances == before.balances { state } else { Some(after) },
+            charged: if after.counts == before.counts { state } else { Some(after) },
             granted: ask.tokens,
             slice: 0,
         }
@@ -199,23 +171,21 @@ impl Kind for RetryBudget {
     }
 
     fn revive(&self, state: State, _: u64, now: Moment) -> State {
-        let slice = self.slice(now.time);
-        if state.newest() > slice { State::new(state.balances, slice) } else { state.slid(slice) }
+        self.cut().revived(state, now.time)
     }
 
     fn spent(&self, state: State, now: Moment) -> u64 {
-        let sum = state.slid(self.slice(now.time)).sum();
+        let sum = self.cut().current(Some(state), now.time).sum();
         u64::try_from((-sum).max(0) / RETRY).unwrap_or(0)
     }
 
     fn having_spent(&self, tokens: u64, at: Moment) -> State {
         let tokens = i64::try_from(tokens).unwrap_or(i64::MAX).saturating_mul(RETRY);
-        State::new([0; SLICES + 1], self.slice(at.time)).with_more(-tokens.min(self.floor()))
+        self.cut().current(None, at.time).with_more(-tokens.min(self.floor()))
     }
 
     fn fills_in(&self) -> Option<Duration> {
-        let slices = SLICES as u64 + 1;
-        Some(Duration::from_nanos(self.slice_nanos().get().saturating_mul(slices)))
+        Some(self.cut().all())
     }
 
     fn full_at(&self, state: State, _: Moment) -> Option<Time> {
@@ -226,9 +196,9 @@ impl Kind for RetryBudget {
         if older.is_some_and(|older| older.ttl_nanos == self.ttl_nanos) {
             return state;
         }
-        let state = older.map_or(state, |older| state.slid(older.slice(at.time)));
+        let state = older.map_or(state, |older| older.cut().current(Some(state), at.time));
         // What was earned in slices of another length is not earned in these; what was spent is.
-        State::new([0; SLICES + 1], self.slice(at.time)).with_more(state.sum().min(0))
+        self.cut().current(None, at.time).with_more(state.sum().min(0))
     }
 }
 
@@ -241,30 +211,13 @@ impl RetryBudget {
 
     /// What may be withdrawn now; never more than the newest slice can count.
     fn balance(&self, state: &State) -> i64 {
-        let countable = i64::from(state.balances[0]) - i64::from(i32::MIN);
+        let countable = i64::from(state.counts[0]) - i64::from(i32::MIN);
         (state.sum() + self.floor()).min(countable)
     }
 
-    /// Rounded up, so that the slices are never shorter than the `ttl`.
-    fn slice_nanos(&self) -> NonZeroU64 {
-        let nanos = self.ttl_nanos.get().div_ceil(SLICES as u64);
-        NonZeroU64::new(nanos).unwrap_or(NonZeroU64::MIN)
-    }
-
-    fn slice(&self, time: Time) -> u64 {
-        time.as_nanos() / self.slice_nanos()
-    }
-
-    fn current(&self, state: Option<State>, now: Time) -> State {
-        let slice = self.slice(now);
-        state.map_or(State::new([0; SLICES + 1], slice), |state| state.slid(slice))
-    }
-
-    /// Time until the slice of that age is forgotten.
-    fn until_gone(&self, state: &State, age: usize, now: Time) -> Duration {
-        let gone = state.newest().saturating_add((SLICES + 1 - age) as u64);
-        let at = Time::from_nanos(gone.saturating_mul(self.slice_nanos().get()));
-        Duration::from_nanos(at.nanos_since(now))
+    /// A `ttl` is cut into slices.
+    fn cut(&self) -> Cut {
+        Cut::of(self.ttl_nanos)
     }
 
     /// Time until a retry of that price would be allowed, if nobody asks meanwhile: what is forgotten first
@@ -272,9 +225,9 @@ impl RetryBudget {
     fn wait_until(&self, state: &State, price: i64, now: Time) -> Option<Duration> {
         let mut balance = state.sum() + self.floor();
         for age in (0..=SLICES).rev() {
-            balance -= i64::from(state.balances[age]);
+            balance -= i64::from(state.counts[age]);
             if price <= balance {
-                return Some(self.until_gone(state, age, now));
+                return Some(self.cut().until_gone(state, age, now));
             }
         }
         None
@@ -282,7 +235,7 @@ impl RetryBudget {
 
     /// Time until nothing is remembered.
     fn until_forgotten(&self, state: &State, now: Time) -> Duration {
-        let youngest = state.balances.iter().position(|balance| *balance != 0);
-        youngest.map_or(Duration::ZERO, |age| self.until_gone(state, age, now))
+        let youngest = state.counts.iter().position(|balance| *balance != 0);
+        youngest.map_or(Duration::ZERO, |age| self.cut().until_gone(state, age, now))
     }
 }

@@ -10,11 +10,13 @@ use thiserror::Error;
 
 use crate::{
     Admission, Ask, Kind, Level, Mark, Moment, Plan, Reason, Settled, Settlement, Time,
-    kind::admit, time::saturating_nanos, token_bucket::MAX_PER,
+    kind::admit,
+    slices::{Cut, Slices},
+    time::saturating_nanos,
+    token_bucket::MAX_PER,
 };
 
-/// Slices of one `per`. Each is four bytes of every cell; with one more there would be 1.8% more to use.
-pub const SLICES: usize = 6;
+pub use crate::slices::SLICES;
 
 /// Most tokens of a window: what the count of a slice holds.
 pub const MAX_LIMIT: u64 = u32::MAX as u64;
@@ -63,29 +65,10 @@ impl SlidingWindow {
     }
 }
 
-/// What one cell remembers. Of 32 bits each, so that it is no larger than that of a token bucket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct State {
-    /// Tokens by slice, the newest first; more than the limit in all is debt.
-    pub counts: [u32; SLICES + 1],
-    /// Number of the newest slice since [`Time::ZERO`]: the high and the low half.
-    newest: [u32; 2],
-}
+/// What one cell remembers: tokens by slice; more than the limit in all is debt.
+pub type State = Slices<u32>;
 
 impl State {
-    /// `counts` of the slice of that number and those before it.
-    #[must_use]
-    pub const fn new(counts: [u32; SLICES + 1], newest: u64) -> Self {
-        #[allow(clippy::cast_possible_truncation)] // two halves
-        Self { counts, newest: [(newest >> 32) as u32, newest as u32] }
-    }
-
-    /// Number of the newest slice since [`Time::ZERO`].
-    #[must_use]
-    pub const fn newest(&self) -> u64 {
-        ((self.newest[0] as u64) << 32) | self.newest[1] as u64
-    }
-
     pub(crate) fn kept(&self, mark: Mark) -> Self {
         let mut kept = *self;
         kept.counts[0] = saturated(mark.spent);
@@ -114,15 +97,6 @@ impl State {
         self.counts[0] = saturated(u64::from(self.counts[0]).saturating_add(tokens));
         self
     }
-
-    /// As it is once the slice of that number has begun; unchanged if it is already further.
-    fn slid(self, to: u64) -> Self {
-        let mut slid = Self::new([0; SLICES + 1], to.max(self.newest()));
-        let ahead = usize::try_from(slid.newest() - self.newest()).unwrap_or(usize::MAX);
-        let kept = (SLICES + 1).saturating_sub(ahead);
-        slid.counts[SLICES + 1 - kept..].copy_from_slice(&self.counts[..kept]);
-        slid
-    }
 }
 
 fn saturated(tokens: u64) -> u32 {
@@ -138,7 +112,7 @@ impl Kind for SlidingWindow {
 
     fn plan(&self, state: Option<State>, ask: Ask, now: Moment) -> Plan<State> {
         let reserved = ask.reserved;
-        let before = self.current(state, now.time);
+        let before = self.cut().current(state, now.time);
         let left = self.limit().saturating_sub(before.sum());
         let tokens = ask.granted_of(left);
         let admission = if self.limit == 0 {
@@ -166,7 +140,7 @@ impl Kind for SlidingWindow {
     }
 
     fn settle(&self, state: Option<State>, settlement: Settlement, now: Moment) -> Settled<State> {
-        let before = self.current(state, now.time);
+        let before = self.cut().current(state, now.time);
         let mut after = before;
         let age = settlement.slice.and_then(|slice| before.newest().checked_sub(slice));
         let charged = age.and_then(|age| after.counts.get_mut(usize::try_from(age).ok()?));
@@ -200,33 +174,29 @@ impl Kind for SlidingWindow {
 
     fn covers(&self, mark: Mark, before: State, after: State) -> bool {
         // The older slices are as they were when the mark was written, or less.
-        before.newest == after.newest && mark.spent >= u64::from(after.counts[0])
+        before.newest() == after.newest() && mark.spent >= u64::from(after.counts[0])
     }
 
     fn revive(&self, state: State, _: u64, now: Moment) -> State {
-        let slice = self.slice(now.time);
-        // A state from the future would leave only once its time comes; a key must not wait for that.
-        if state.newest() > slice { State::new(state.counts, slice) } else { state.slid(slice) }
+        self.cut().revived(state, now.time)
     }
 
     fn spent(&self, state: State, now: Moment) -> u64 {
-        state.slid(self.slice(now.time)).sum()
+        self.cut().current(Some(state), now.time).sum()
     }
 
     fn having_spent(&self, tokens: u64, at: Moment) -> State {
-        State::new([0; SLICES + 1], self.slice(at.time)).with_more(tokens)
+        self.cut().current(None, at.time).with_more(tokens)
     }
 
     fn fills_in(&self) -> Option<Duration> {
-        let slices = SLICES as u64 + 1;
-        let nanos = self.slice_nanos().get().saturating_mul(slices);
-        (self.limit > 0).then_some(Duration::from_nanos(nanos))
+        (self.limit > 0).then(|| self.cut().all())
     }
 
     fn full_at(&self, state: State, now: Moment) -> Option<Time> {
         let wait = self.wait_until(&state, 0, Time::ZERO);
         Some(if wait.is_zero() {
-            now.time.min(self.begin(state.newest()))
+            now.time.min(self.cut().begin(state.newest()))
         } else {
             Time::ZERO.after(wait)
         })
@@ -236,33 +206,16 @@ impl Kind for SlidingWindow {
         if older.is_some_and(|older| older.per_nanos == self.per_nanos) {
             return state;
         }
-        let state = older.map_or(state, |older| state.slid(older.slice(at.time)));
+        let state = older.map_or(state, |older| older.cut().current(Some(state), at.time));
         // Where in its slices it was spent cannot be said in others: as late as can be.
         self.having_spent(state.sum(), at)
     }
 }
 
 impl SlidingWindow {
-    /// Rounded up, so that the slices of a stretch are never shorter than it.
-    fn slice_nanos(&self) -> NonZeroU64 {
-        let nanos = self.per_nanos.get().div_ceil(SLICES as u64);
-        NonZeroU64::new(nanos).unwrap_or(NonZeroU64::MIN)
-    }
-
-    /// Number of the slice that `time` is in.
-    fn slice(&self, time: Time) -> u64 {
-        time.as_nanos() / self.slice_nanos()
-    }
-
-    /// When the slice of that number begins.
-    fn begin(&self, slice: u64) -> Time {
-        Time::from_nanos(slice.saturating_mul(self.slice_nanos().get()))
-    }
-
-    /// The cell as it is now.
-    fn current(&self, state: Option<State>, now: Time) -> State {
-        let slice = self.slice(now);
-        state.map_or(State::new([0; SLICES + 1], slice), |state| state.slid(slice))
+    /// A stretch is cut into slices.
+    fn cut(&self) -> Cut {
+        Cut::of(self.per_nanos)
     }
 
     /// Time until no more than `most` tokens are left in the slices.
@@ -276,8 +229,7 @@ impl SlidingWindow {
         if age > SLICES {
             return Duration::ZERO;
         }
-        // The slice of that age was the last one to go; it goes when the newest is so much further.
-        let gone = state.newest().saturating_add((SLICES + 1 - age) as u64);
-        Duration::from_nanos(self.begin(gone).nanos_since(now))
+        // The slice of that age was the last one to go.
+        self.cut().until_gone(state, age, now)
     }
 }

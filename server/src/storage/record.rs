@@ -457,7 +457,7 @@ impl CellRecord {
                 until_nanos: state.until.as_nanos(),
             }),
             State::RetryBudget(state) => StateRecord::RetryBudget(RetryBudgetState {
-                balances: state.balances.to_vec(),
+                balances: state.counts.to_vec(),
                 newest: state.newest(),
             }),
         };

@@ -159,7 +159,7 @@ proptest! {
             for retry in [false, true] {
                 let end = Moment::from_nanos(u64::MAX);
                 let plan = budget.plan(Some(state), ask(u64::MAX, retry), end);
-                let is_debt = plan.charged.unwrap().balances[0] < 0;
+                let is_debt = plan.charged.unwrap().counts[0] < 0;
                 prop_assert_eq!(is_debt, extreme < 0 && retry);
             }
         }
