@@ -199,7 +199,7 @@ macro_rules! with_kinds {
         { $($(#[$first_attr:meta])* $first:ident: $first_type:ty,)* }
         and { $($(#[$attr:meta])* $field:ident: $type:ty,)* }
     ) => {
-        #[derive(Serialize, Deserialize)]
+        #[derive(Default, Serialize, Deserialize)]
         #[serde(deny_unknown_fields)]
         struct $name {
             $($(#[$first_attr])* $first: $first_type,)*
@@ -228,6 +228,16 @@ macro_rules! with_kinds {
                     concurrency: self.concurrency.take(),
                     retry_budget: self.retry_budget.take(),
                 }
+            }
+
+            fn with(mut self, kinds: Kinds) -> Self {
+                self.token_bucket = kinds.token_bucket;
+                self.sliding_window = kinds.sliding_window;
+                self.fixed_window = kinds.fixed_window;
+                self.calendar_window = kinds.calendar_window;
+                self.concurrency = kinds.concurrency;
+                self.retry_budget = kinds.retry_budget;
+                self
             }
         }
     };
@@ -567,25 +577,12 @@ impl From<&LimitSettings> for Kinds {
     }
 }
 
-impl From<Kinds> for LimitFields {
-    fn from(kinds: Kinds) -> Self {
-        Self {
-            token_bucket: kinds.token_bucket,
-            sliding_window: kinds.sliding_window,
-            fixed_window: kinds.fixed_window,
-            calendar_window: kinds.calendar_window,
-            concurrency: kinds.concurrency,
-            retry_budget: kinds.retry_budget,
-        }
-    }
-}
-
 /// As one limiter if there is one, else as a list.
 fn written(limits: &[LimitSettings]) -> (Kinds, Option<Vec<LimitFields>>) {
     match limits {
         [one] => (one.into(), None),
         several => {
-            let list = several.iter().map(|one| Kinds::from(one).into()).collect();
+            let list = several.iter().map(|one| LimitFields::default().with(one.into())).collect();
             (Kinds::default(), Some(list))
         }
     }
@@ -598,13 +595,7 @@ impl From<Policy> for PolicyFields {
             critical: Percent(policy.reserves.critical_basis_points),
             normal: Percent(policy.reserves.normal_basis_points),
         };
-        Self {
-            token_bucket: kinds.token_bucket,
-            sliding_window: kinds.sliding_window,
-            fixed_window: kinds.fixed_window,
-            calendar_window: kinds.calendar_window,
-            concurrency: kinds.concurrency,
-            retry_budget: kinds.retry_budget,
+        let fields = Self {
             limits,
             shadow: policy.shadow,
             overrides: policy.overrides.iter().map(OverrideFields::from).collect(),
@@ -614,7 +605,9 @@ impl From<Policy> for PolicyFields {
             max_debt: policy.max_debt,
             lease_time: Some(policy.lease_time),
             max_waiting: Some(policy.max_waiting),
-        }
+            ..Self::default()
+        };
+        fields.with(kinds)
     }
 }
 
@@ -625,16 +618,6 @@ impl From<&Override> for OverrideFields {
             Keys::Exactly(key) => (Some(key), None),
             Keys::Prefixed(prefix) => (None, Some(prefix)),
         };
-        Self {
-            key,
-            prefix,
-            limits,
-            token_bucket: kinds.token_bucket,
-            sliding_window: kinds.sliding_window,
-            fixed_window: kinds.fixed_window,
-            calendar_window: kinds.calendar_window,
-            concurrency: kinds.concurrency,
-            retry_budget: kinds.retry_budget,
-        }
+        Self { key, prefix, limits, ..Self::default() }.with(kinds)
     }
 }
