@@ -68,22 +68,26 @@ impl Service {
                 status::acquire(&batch.error, batch.entry.map(|entry| ours[entry]))
             })?;
         }
-        let mut plain: Vec<_> = turns.iter().map(|_| None).collect();
-        for (index, answer) in ours.into_iter().zip(answers) {
-            match turns[index].take() {
+        // One for each of ours, in their order.
+        let mut answers = answers.into_iter();
+        let mut pending = Vec::with_capacity(turns.len());
+        for turn in turns {
+            pending.extend(match turn {
+                None => answers.next().map(|answer| Pending::Plain(on_its_way(answer, app))),
                 Some(Turn::First(first)) => {
-                    turns[index] = Some(Turn::decided(first, answer, app));
+                    let decided = |answer| Pending::Shared(Turn::decided(first, answer, app));
+                    answers.next().map(decided)
                 }
-                turn => (turns[index], plain[index]) = (turn, Some(on_its_way(answer, app))),
-            }
+                Some(turn) => Some(Pending::Shared(turn)),
+            });
         }
 
-        let mut responses = Vec::with_capacity(turns.len());
+        let mut responses = Vec::with_capacity(pending.len());
         let mut deliveries = Vec::new();
-        for (index, (turn, plain)) in turns.into_iter().zip(plain).enumerate() {
-            let (response, delivery) = match (turn, plain) {
-                (None, Some(answer)) => answered(answer).await?,
-                (Some(turn), _) => {
+        for (index, pending) in pending.into_iter().enumerate() {
+            let (response, delivery) = match pending {
+                Pending::Plain(answer) => answered(answer).await?,
+                Pending::Shared(turn) => {
                     // Who decides it may have gone away: then it is this caller's turn after all.
                     let decide = async || {
                         let acquire = parse::one_of(batch, index);
@@ -93,7 +97,6 @@ impl Service {
                     };
                     turn.answer(app, Some(index), decide).await?
                 }
-                (None, None) => continue,
             };
             responses.push(response);
             deliveries.extend(delivery);
@@ -199,6 +202,14 @@ impl Resilience for Service {
         let (results, renewed) = reported.map_err(|error| status::report(&error))?;
         Ok(Response::new(respond::reported(&results, &renewed, request.renew_grant_ids)))
     }
+}
+
+/// What an entry of a batch waits for.
+enum Pending<'a> {
+    /// The disk.
+    Plain(Answer<(AcquireResponse, Option<Delivery>)>),
+    /// What all that have its id are told.
+    Shared(Turn<'a>),
 }
 
 /// Decides an Acquire that does not wait in line.
