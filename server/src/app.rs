@@ -386,9 +386,12 @@ impl App {
         let count = entries.len();
         let (mut named, mut rules) = (Vec::with_capacity(count), Vec::with_capacity(count));
         let mut ends = Vec::with_capacity(count);
+        let mut wanted = 0;
         for (index, entry) in entries.enumerate() {
+            let start = rules.len();
             let resolved = asker.resolve(entry, |ask| named.push(ask), |rule| rules.push(rule));
             resolved.map_err(|error| in_entry(index, error))?;
+            wanted += usize::from(needs_grant(&rules[start..]));
             ends.push((named.len(), rules.len()));
         }
         if rules.len() > limits::BATCH_ASKS {
@@ -397,12 +400,6 @@ impl App {
 
         // All the room that any entry may need, so that none fails after another was charged.
         let mut room = self.storage.reserve(&rules).map_err(|error| in_all(error.into()))?;
-        let mut start = (0, 0);
-        let mut wanted = 0;
-        for end in &ends {
-            wanted += usize::from(needs_grant(&rules[start.1..end.1]));
-            start = *end;
-        }
         let mut grants = self.reserve_grants(wanted).map_err(in_all)?;
 
         let mut answers = Vec::with_capacity(count);
@@ -747,7 +744,8 @@ impl<'n> Asker<'_, 'n> {
                 && !self.is_held(policy, ask.key, Priority::Bulk)
                 && let Some(clients) = self.lessees(policy, &ask)
             {
-                let lease = core_ask_of_lease(ask.lease, clients);
+                let purpose = Purpose::Lease { clients };
+                let lease = fusebox_core::Ask::spend(ask.lease).to(purpose);
                 // Leases leave what the lowest priority does.
                 for one in policy.asks(ask.key, lease, Priority::Bulk, self.caller.now) {
                     rule(one);
@@ -781,10 +779,6 @@ impl<'n> Asker<'_, 'n> {
         let is_leasable = |limit| is_leasable(limit, time, clients);
         limiters.iter().all(|limiter| is_leasable(&limiter.settings.limit)).then_some(clients)
     }
-}
-
-fn core_ask_of_lease(tokens: u64, clients: u32) -> fusebox_core::Ask {
-    fusebox_core::Ask::spend(tokens).to(Purpose::Lease { clients })
 }
 
 /// Whether so many clients can lease from a limit: what flows in one lease time must do for two tokens each.
