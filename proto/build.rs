@@ -10,7 +10,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     compiler
         .include_imports(true)
         .include_source_info(true)
-        .open_files(["fusebox/v1/resilience.proto", "fusebox/v1/admin.proto"])?;
+        .open_files([
+            "fusebox/v1/resilience.proto",
+            "fusebox/v1/admin.proto",
+            "envoy/service/ratelimit/v3/rls.proto",
+        ])?;
     // Encoded by protox itself: through prost's own types custom options would be lost.
     fs::write(out.join("descriptor.bin"), compiler.encode_file_descriptor_set())?;
 
