@@ -7,14 +7,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
 
     let mut compiler = protox::Compiler::new(["protos"])?;
-    compiler
-        .include_imports(true)
-        .include_source_info(true)
-        .open_files([
-            "fusebox/v1/resilience.proto",
-            "fusebox/v1/admin.proto",
-            "envoy/service/ratelimit/v3/rls.proto",
-        ])?;
+    compiler.include_imports(true).include_source_info(true).open_files([
+        "fusebox/v1/resilience.proto",
+        "fusebox/v1/admin.proto",
+        "envoy/service/ratelimit/v3/rls.proto",
+    ])?;
     // Encoded by protox itself: through prost's own types custom options would be lost.
     fs::write(out.join("descriptor.bin"), compiler.encode_file_descriptor_set())?;
 

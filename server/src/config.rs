@@ -1,6 +1,7 @@
 //! The configuration: parsed once, at the edge, into what cannot be wrong.
 
 mod difference;
+pub mod envoy;
 mod policy;
 
 use std::{
@@ -52,6 +53,9 @@ pub struct Config {
     /// What is limited.
     #[serde(default, deserialize_with = "bounded")]
     pub namespaces: Namespaces,
+    /// Rules of Envoy's rate limit service; without them it is not served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub envoy_ratelimit: Option<envoy::EnvoyRatelimit>,
 }
 
 /// Where state is kept.

@@ -319,3 +319,25 @@ pub const GRANTS_TOLD: usize = 1_000;
 /// Limiters that are known, of all policies and of those that were: about 100 MB. One that no policy has any
 /// more is forgotten at the next start at which nothing is counted by it.
 pub const LIMITERS: usize = 200_000;
+
+/// Descriptors of one request to Envoy's rate limit service: as rules that are decided together.
+pub const DESCRIPTORS: usize = 64;
+
+/// Entries of one descriptor, and levels of rules.
+pub const DESCRIPTOR_ENTRIES: usize = 32;
+
+/// Bytes of one value of a descriptor, and of one of a rule: a path with its query.
+pub const DESCRIPTOR_VALUE_BYTES: usize = 4 * 1024;
+
+/// Bytes of one request to Envoy's rate limit service: what fits in a request's own headers.
+pub const RATELIMIT_BYTES: usize = 64 * 1024;
+
+/// Rules of Envoy's rate limit service, of all domains: each is a policy, of some kilobytes.
+pub const RULES: usize = 20_000;
+
+/// Bytes of a rule's path: it is the name of a policy, and a label of metrics.
+pub const RULE_PATH_BYTES: usize = 1024;
+
+/// Series of metrics that `detailed_metric` and `value_to_metric` may make of what callers send: past it hits are
+/// counted by their rule.
+pub const DETAILED_METRICS: usize = 10_000;
