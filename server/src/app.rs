@@ -556,6 +556,7 @@ fn holds(rule: &CellAsk<'_>, granted: u64) -> Option<Holds> {
         Purpose::Lease { .. } => Some(Holds::Lease),
         Purpose::Estimate => Some(Holds::Estimate),
         Purpose::Spend => rule.limiter.is_concurrency().then_some(Holds::Permit),
+        Purpose::Peek | Purpose::Credit => None,
     }
 }
 

@@ -244,6 +244,7 @@ impl Policy {
                 ..ask
             },
             shadow: self.shadow,
+            quota: false,
             held: false,
         })
     }

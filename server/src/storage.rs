@@ -194,6 +194,8 @@ pub struct CellAsk<'a> {
     pub ask: Ask,
     /// It only watches.
     pub shadow: bool,
+    /// It is one of several that serve the same.
+    pub quota: bool,
     /// Others wait for the cell, so what is there is theirs.
     pub held: bool,
 }

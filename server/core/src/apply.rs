@@ -31,6 +31,8 @@ pub struct Rule<'a> {
     pub ask: Ask,
     /// It only watches: it is charged with the others, unless it is a permit, and never denies.
     pub shadow: bool,
+    /// It is one of several that serve the same: it denies only where all such rules of the decision do.
+    pub quota: bool,
     /// The cell is shared by keys that have none of their own, and a denial says so.
     pub overflow: bool,
     /// Others wait for the cell, so what is there is theirs.
@@ -57,6 +59,8 @@ pub struct Verdict {
     pub admission: Admission,
     /// It only watches: what it says denies nothing.
     pub shadow: bool,
+    /// Tokens that were spent before it, which no one could have; more than the limit is debt.
+    pub spent: u64,
     /// Most tokens that this caller could ever be granted at once.
     pub limit: u64,
     /// Whole tokens left, after what was charged.
@@ -72,7 +76,7 @@ pub struct Verdict {
 /// The answer of all rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Decision {
-    /// Whether every rule allows that does not only watch.
+    /// Whether every rule allows that does not only watch, of those with `quota` any.
     pub allowed: bool,
     /// One for each rule, in their order.
     pub verdicts: Verdicts,
@@ -146,6 +150,7 @@ pub fn apply_to(
     let mut planned = Cells::new();
     planned.extend(cells.iter().copied());
 
+    let (mut quota_asked, mut quota_left) = (false, false);
     let mut lease = None;
     for rule in rules {
         let mut ask = rule.ask;
@@ -158,7 +163,12 @@ pub fn apply_to(
         let plan = rule.policy.limit.plan(state, ask, now);
         let admission = told(plan.admission, rule);
         let allows = admission == Admission::Allow;
-        decision.allowed &= allows || rule.shadow;
+        if rule.quota {
+            quota_asked = true;
+            quota_left |= allows || rule.shadow;
+        } else {
+            decision.allowed &= allows || rule.shadow;
+        }
         let charge = (allows || charging == Charging::Always) && !is_watched_permit(rule);
         if charge && plan.charged != state {
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
@@ -168,6 +178,7 @@ pub fn apply_to(
             cost: rule.ask.tokens,
             admission,
             shadow: rule.shadow,
+            spent: plan.spent,
             limit: plan.limit,
             remaining,
             reset_after,
@@ -176,6 +187,7 @@ pub fn apply_to(
         });
     }
 
+    decision.allowed &= quota_left || !quota_asked;
     if charging == Charging::AllOrNothing && !decision.allowed {
         tell_uncharged(&mut decision.verdicts, rules, cells, now);
     } else {
@@ -212,7 +224,8 @@ fn tell_uncharged(
 ) {
     for (index, (rule, verdict)) in rules.iter().zip(verdicts).enumerate() {
         let same_cell = rules[..=index].iter().filter(|other| other.cell == rule.cell);
-        let tokens = same_cell.fold(0, |sum: u64, other| sum.saturating_add(other.ask.tokens));
+        let charged = same_cell.filter(|other| other.ask.purpose != Purpose::Credit);
+        let tokens = charged.fold(0, |sum: u64, other| sum.saturating_add(other.ask.tokens));
         let state = rule.policy.state(cells[rule.cell]);
         let plan = rule.policy.limit.plan(state, Ask { tokens, ..rule.ask }, now);
         let Level { remaining, reset_after } = plan.before;

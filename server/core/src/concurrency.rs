@@ -9,7 +9,7 @@ use core::{num::NonZeroU64, time::Duration};
 use thiserror::Error;
 
 use crate::{
-    Admission, Ask, Kind, Level, Mark, Moment, Plan, Reason, Settled, Settlement, Time,
+    Admission, Ask, Kind, Level, Mark, Moment, Plan, Purpose, Reason, Settled, Settlement, Time,
     kind::admit, time::saturating_nanos, token_bucket::MAX_TOKENS,
 };
 
@@ -114,11 +114,14 @@ impl Kind for Concurrency {
     }
 
     fn plan(&self, state: Option<State>, ask: Ask, now: Moment) -> Plan<State> {
-        let Ask { tokens, reserved, .. } = ask;
+        let reserved = ask.reserved;
         let before = state.unwrap_or_default().at(now.time);
         let left = self.limit.saturating_sub(before.taken());
-        let admission = if self.limit == 0 {
+        let tokens = ask.granted_of(left);
+        let admission = if self.limit == 0 && ask.purpose != Purpose::Credit {
             Admission::Deny { reason: Reason::Blocked, retry_after: None }
+        } else if ask.finds_nothing(left) {
+            Admission::Deny { reason: Reason::ConcurrencyLimited, retry_after: None }
         } else {
             admit(tokens, left, reserved, Reason::ConcurrencyLimited, || {
                 // Nobody knows when a call will end; of what a crash forgot it is known.
@@ -137,11 +140,12 @@ impl Kind for Concurrency {
         };
         Plan {
             admission,
+            spent: before.taken(),
             limit: self.limit.saturating_sub(reserved),
             before: level(before),
             after: level(after),
             charged: if after.held == before.held { state } else { Some(after) },
-            granted: ask.tokens,
+            granted: tokens,
             slice: 0,
         }
     }

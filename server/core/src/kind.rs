@@ -72,13 +72,16 @@ pub struct Ask {
     pub retry: bool,
     /// The calendar's window at this moment, for limiters that are counted in one.
     pub window: Option<Window>,
+    /// Judges instead of a window's own limit: the cell counts for whatever limit it is asked by.
+    pub limit: Option<u64>,
 }
 
 impl Ask {
     /// To spend so many tokens, now and for good; 0 is a peek.
     #[must_use]
     pub const fn spend(tokens: u64) -> Self {
-        Self { tokens, purpose: Purpose::Spend, reserved: 0, retry: false, window: None }
+        let purpose = Purpose::Spend;
+        Self { tokens, purpose, reserved: 0, retry: false, window: None, limit: None }
     }
 
     /// The same, for another purpose.
@@ -95,6 +98,12 @@ pub enum Purpose {
     Spend,
     /// As an estimate, to be settled later.
     Estimate,
+    /// For nothing: none is charged, and it is denied where a window has spent more than its limit, or another
+    /// cell has nothing left. A peek that spends 0 is never denied.
+    Peek,
+    /// Not charged but given back, by the word of the caller: never above full, and never denied. Permits and
+    /// retries are not given back so.
+    Credit,
     /// To be spent later by a client that holds them until then. It is never denied: it gets a share of what
     /// is there, up to what it wants, so that as many clients can have as much, and again.
     Lease {
@@ -104,10 +113,21 @@ pub enum Purpose {
 }
 
 impl Ask {
+    /// Tokens that are given back.
+    pub(crate) const fn credited(&self) -> u64 {
+        if matches!(self.purpose, Purpose::Credit) { self.tokens } else { 0 }
+    }
+
+    /// Whether it is a peek that is denied because nothing is left.
+    pub(crate) fn finds_nothing(&self, left: u64) -> bool {
+        self.purpose == Purpose::Peek && left == 0
+    }
+
     /// Tokens to charge of a cell that has `left`; a lease takes no more than its share.
     pub(crate) fn granted_of(&self, left: u64) -> u64 {
         match self.purpose {
             Purpose::Spend | Purpose::Estimate => self.tokens,
+            Purpose::Peek | Purpose::Credit => 0,
             Purpose::Lease { clients } => {
                 let share = left.saturating_sub(self.reserved) / (2 * u64::from(clients.max(1)));
                 self.tokens.min(share)
@@ -180,14 +200,16 @@ pub struct Settled<S> {
 pub struct Plan<S> {
     /// The answer.
     pub admission: Admission,
+    /// Tokens that were spent before it, which no one could have; more than the limit is debt.
+    pub spent: u64,
     /// Most tokens that this caller could ever be granted at once.
     pub limit: u64,
     /// The cell as it is.
     pub before: Level,
     /// The cell after the charge.
     pub after: Level,
-    /// The state after the charge: of a denied ask, with the cell drained; `None` if there is nothing to
-    /// store.
+    /// The state after the charge: of a denied ask, with the cell drained, and a window in debt; `None` if there
+    /// is nothing to store.
     pub charged: Option<S>,
     /// Tokens that are charged if it is allowed: of a lease maybe fewer than were wanted.
     pub granted: u64,

@@ -217,6 +217,7 @@ fn plan<K: Part>(kind: &K, state: Option<State>, ask: Ask, now: Moment) -> Plan<
     let plan = kind.plan(state.map(|state| kind.own(state, now)), ask, now);
     Plan {
         admission: plan.admission,
+        spent: plan.spent,
         limit: plan.limit,
         before: plan.before,
         after: plan.after,

@@ -122,7 +122,8 @@ impl Kind for RetryBudget {
 
     fn plan(&self, state: Option<State>, ask: Ask, now: Moment) -> Plan<State> {
         let before = self.cut().current(state, now.time);
-        let tokens = i64::try_from(ask.tokens).unwrap_or(i64::MAX);
+        let wanted = ask.granted_of(u64::MAX);
+        let tokens = i64::try_from(wanted).unwrap_or(i64::MAX);
         let price = tokens.saturating_mul(RETRY);
         let admission = if !ask.retry || price <= self.balance(&before) {
             Admission::Allow
@@ -143,11 +144,12 @@ impl Kind for RetryBudget {
         };
         Plan {
             admission,
+            spent: spent(&before),
             limit: MOST_AT_ONCE,
             before: level(&before),
             after: level(&after),
             charged: if after.counts == before.counts { state } else { Some(after) },
-            granted: ask.tokens,
+            granted: wanted,
             slice: 0,
         }
     }
@@ -175,8 +177,7 @@ impl Kind for RetryBudget {
     }
 
     fn spent(&self, state: State, now: Moment) -> u64 {
-        let sum = self.cut().current(Some(state), now.time).sum();
-        u64::try_from((-sum).max(0) / RETRY).unwrap_or(0)
+        spent(&self.cut().current(Some(state), now.time))
     }
 
     fn having_spent(&self, tokens: u64, at: Moment) -> State {
@@ -200,6 +201,11 @@ impl Kind for RetryBudget {
         // What was earned in slices of another length is not earned in these; what was spent is.
         self.cut().current(None, at.time).with_more(state.sum().min(0))
     }
+}
+
+/// Retries that were withdrawn, and nothing deposited was for.
+fn spent(state: &State) -> u64 {
+    u64::try_from((-state.sum()).max(0) / RETRY).unwrap_or(0)
 }
 
 impl RetryBudget {

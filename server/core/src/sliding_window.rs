@@ -9,7 +9,7 @@ use core::{num::NonZeroU64, time::Duration};
 use thiserror::Error;
 
 use crate::{
-    Admission, Ask, Kind, Level, Mark, Moment, Plan, Reason, Settled, Settlement, Time,
+    Admission, Ask, Kind, Level, Mark, Moment, Plan, Purpose, Reason, Settled, Settlement, Time,
     kind::admit,
     slices::{Cut, Slices},
     time::saturating_nanos,
@@ -92,6 +92,16 @@ impl State {
         self.counts.iter().map(|count| u64::from(*count)).sum()
     }
 
+    /// The same with so many tokens less, of the newest slices first: those are limited the longest.
+    fn with_less(mut self, tokens: u64) -> Self {
+        let mut left = saturated(tokens);
+        for count in &mut self.counts {
+            let less = left.min(*count);
+            (*count, left) = (*count - less, left - less);
+        }
+        self
+    }
+
     /// The same with so many tokens more in the newest slice.
     fn with_more(mut self, tokens: u64) -> Self {
         self.counts[0] = saturated(u64::from(self.counts[0]).saturating_add(tokens));
@@ -115,25 +125,29 @@ impl Kind for SlidingWindow {
         let before = self.cut().current(state, now.time);
         let left = self.limit().saturating_sub(before.sum());
         let tokens = ask.granted_of(left);
-        let admission = if self.limit == 0 {
+        let admission = if self.limit == 0 && ask.purpose != Purpose::Credit {
             Admission::Deny { reason: Reason::Blocked, retry_after: None }
+        } else if ask.finds_nothing(left) {
+            let retry_after = Some(self.wait_until(&before, self.limit() - 1, now.time));
+            Admission::Deny { reason: Reason::RateLimited, retry_after }
         } else {
             admit(tokens, left, reserved, Reason::RateLimited, || {
                 let most = self.limit().checked_sub(tokens.saturating_add(reserved))?;
                 Some(self.wait_until(&before, most, now.time))
             })
         };
-        let after = before.with_more(tokens.min(left));
+        let after = before.with_more(tokens.min(left)).with_less(ask.credited());
         let level = |state: State| Level {
             remaining: self.limit().saturating_sub(state.sum()).saturating_sub(reserved),
             reset_after: self.wait_until(&state, 0, now.time),
         };
         Plan {
             admission,
+            spent: before.sum(),
             limit: self.limit().saturating_sub(reserved),
             before: level(before),
             after: level(after),
-            charged: if after.counts[0] == before.counts[0] { state } else { Some(after) },
+            charged: if after.counts == before.counts { state } else { Some(after) },
             granted: tokens,
             slice: before.newest(),
         }

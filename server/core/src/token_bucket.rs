@@ -153,24 +153,30 @@ impl Kind for TokenBucket {
         let Ask { purpose, reserved, .. } = ask;
         let left = self.burst.saturating_sub(before.spent_rounded_up());
         let tokens = ask.granted_of(left);
-        let admission = if self.limit == 0 {
+        let admission = if self.limit == 0 && purpose != Purpose::Credit {
             Admission::Deny { reason: Reason::Blocked, retry_after: None }
+        } else if ask.finds_nothing(left) {
+            let retry_after = self.retry_after(&before, 1, now);
+            Admission::Deny { reason: Reason::RateLimited, retry_after }
         } else {
             let wanted = tokens.saturating_add(reserved);
             admit(tokens, left, reserved, Reason::RateLimited, || {
                 self.retry_after(&before, wanted, now)
             })
         };
+        let credited = ask.credited().min(before.spent.saturating_sub(before.out));
+        let owed = matches!(purpose, Purpose::Estimate | Purpose::Lease { .. });
         let after = match admission {
             Admission::Allow => State {
-                spent: before.spent + tokens,
-                out: before.out + if purpose == Purpose::Spend { 0 } else { tokens },
+                spent: before.spent + tokens - credited,
+                out: before.out + if owed { tokens } else { 0 },
                 ..before
             },
             Admission::Deny { .. } => State { spent: before.spent + tokens.min(left), ..before },
         };
         Plan {
             admission,
+            spent: before.spent_rounded_up(),
             limit: self.burst.saturating_sub(reserved),
             before: self.level(&before, reserved, now),
             after: self.level(&after, reserved, now),

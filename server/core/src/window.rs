@@ -5,7 +5,8 @@ use core::{num::NonZeroU64, time::Duration};
 use thiserror::Error;
 
 use crate::{
-    Admission, Ask, Kind, Level, Mark, Moment, Plan, Reason, Settled, Settlement, Time, Wall,
+    Admission, Ask, Kind, Level, Mark, Moment, Plan, Purpose, Reason, Settled, Settlement, Time,
+    Wall,
     kind::admit,
     time::saturating_nanos,
     token_bucket::{MAX_PER, MAX_TOKENS},
@@ -141,24 +142,30 @@ impl Kind for WindowLimit {
 
     fn plan(&self, state: Option<State>, ask: Ask, now: Moment) -> Plan<State> {
         let reserved = ask.reserved;
+        let limit = ask.limit.unwrap_or(self.limit);
         let before = self.current(state, ask.window, now);
-        let left = self.limit.saturating_sub(before.spent);
+        let left = limit.saturating_sub(before.spent);
         let tokens = ask.granted_of(left);
         let until_end = self.until_end(before, now);
-        let admission = if self.limit == 0 {
+        let admission = if ask.purpose == Purpose::Peek && before.spent > limit {
+            Admission::Deny { reason: Reason::RateLimited, retry_after: Some(until_end) }
+        } else if limit == 0 && !matches!(ask.purpose, Purpose::Peek | Purpose::Credit) {
             Admission::Deny { reason: Reason::Blocked, retry_after: None }
         } else {
-            let ever = tokens <= self.limit.saturating_sub(reserved);
+            let ever = tokens <= limit.saturating_sub(reserved);
             admit(tokens, left, reserved, Reason::RateLimited, || ever.then_some(until_end))
         };
-        let after = State { spent: before.spent + tokens.min(left), ..before };
+        // Also what is denied counts, where it is charged at all: who gives it back, or looks, must find it.
+        let spent = before.spent.saturating_add(tokens).saturating_sub(ask.credited());
+        let after = State { spent, ..before };
         let level = |state: State| Level {
-            remaining: self.limit.saturating_sub(state.spent).saturating_sub(reserved),
+            remaining: limit.saturating_sub(state.spent).saturating_sub(reserved),
             reset_after: if state.spent == 0 { Duration::ZERO } else { until_end },
         };
         Plan {
             admission,
-            limit: self.limit.saturating_sub(reserved),
+            spent: before.spent,
+            limit: limit.saturating_sub(reserved),
             before: level(before),
             after: level(after),
             charged: if after.spent == before.spent { state } else { Some(after) },
@@ -183,8 +190,10 @@ impl Kind for WindowLimit {
     }
 
     fn mark(&self, state: State, step: u64, now: Moment) -> Mark {
-        let ahead = state.spent.saturating_add(step).min(self.limit);
-        Mark { spent: ahead.max(state.spent), at: now.time }
+        // A mark alone never makes debt. Where there is some, nothing is admitted anyway.
+        let most = if state.spent > self.limit { u64::MAX } else { self.limit };
+        let ahead = state.spent.saturating_add(step).min(most);
+        Mark { spent: ahead, at: now.time }
     }
 
     fn max_step(&self) -> u64 {

@@ -12,7 +12,7 @@ use std::{
 
 use arrayvec::ArrayVec;
 use crossbeam_utils::CachePadded;
-use fusebox_core::{Cell, Cells, Kind, MAX_RULES, Moment, Rule, Rules, Settled};
+use fusebox_core::{Cell, Cells, Kind, MAX_RULES, Moment, Purpose, Rule, Rules, Settled};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
@@ -408,8 +408,8 @@ impl Storage for Embedded {
                     found.push(place);
                 }
                 let policy = &ask.limiter.settings;
-                let CellAsk { ask, shadow, held, .. } = *ask;
-                rules.push(Rule { cell, policy, ask, shadow, overflow, held });
+                let CellAsk { ask, shadow, quota, held, .. } = *ask;
+                rules.push(Rule { cell, policy, ask, shadow, quota, overflow, held });
             }
             if rules.len() < charge.asks.len() {
                 overflows = true;
@@ -430,6 +430,13 @@ impl Storage for Embedded {
                 }
             }
             let durable = self.write(&mut locked, &changes, room, now)?;
+            for (credit, rule) in charge.asks.iter().zip(&rules) {
+                if credit.ask.purpose == Purpose::Credit
+                    && credit.limiter.keeping == Keeping::Marked
+                {
+                    locked.lower(&found[rule.cell]);
+                }
+            }
             for change in &changes {
                 if !locked.see(change) {
                     let new = charged.iter_mut().find(|charged| charged.cell == change.id);
@@ -857,6 +864,7 @@ mod tests {
             limiter,
             ask: Ask::spend(tokens),
             shadow: false,
+            quota: false,
             held: false,
         };
         cells.iter().map(ask).collect()

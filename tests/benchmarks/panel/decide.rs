@@ -214,7 +214,8 @@ pub(crate) fn run(what: What, times: usize) -> Result<()> {
             each(&mut |index, _| {
                 let rule = |(cell, policy)| {
                     let policy = black_box(policy);
-                    Rule { cell, policy, ask: what.ask(), shadow, overflow, held: false }
+                    let ask = what.ask();
+                    Rule { cell, policy, ask, shadow, quota: false, overflow, held: false }
                 };
                 rules.clear();
                 rules.extend(policies.iter().enumerate().map(rule));
@@ -272,6 +273,7 @@ fn embedded(
             limiter: black_box(limiter),
             ask: Ask::spend(1),
             shadow: false,
+            quota: false,
             held: false,
         };
         asks.clear();

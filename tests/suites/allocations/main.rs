@@ -117,6 +117,7 @@ fn counting_allocates_nothing() {
         cost: 1,
         admission: denied,
         shadow: false,
+        spent: 0,
         limit: 1,
         remaining: 0,
         reset_after: Duration::ZERO,

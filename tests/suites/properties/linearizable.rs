@@ -106,6 +106,7 @@ impl Cells for Stored {
                     limiter,
                     ask,
                     shadow: false,
+                    quota: false,
                     held: false,
                 }];
                 let charge = Charge { charging: Charging::AllOrNothing, asks: &asks, catalogue };

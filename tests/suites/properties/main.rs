@@ -74,7 +74,7 @@ fn policy(bucket: TokenBucket, max_debt: u64) -> Policy {
 
 /// One that is decided over the first cell.
 fn rule(policy: &Policy, ask: Ask) -> Rule<'_> {
-    Rule { cell: 0, policy, ask, shadow: false, overflow: false, held: false }
+    Rule { cell: 0, policy, ask, shadow: false, quota: false, overflow: false, held: false }
 }
 
 fn spent(cell: Option<Cell>) -> u64 {

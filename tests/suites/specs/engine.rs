@@ -11,8 +11,8 @@ use fusebox_server::{
     clock::ServerClock,
     config::Config,
     storage::{
-        Answer, Charge, Charged, Decided, Embedded, Judge, Keeping, OpenGrant, OpenPart, Recovered,
-        Settlement, Storage, Writer, journal::Sled,
+        Answer, CellAsk, Charge, Charged, Decided, Embedded, Judge, Keeping, OpenGrant, OpenPart,
+        Recovered, Settlement, Storage, Writer, journal::Sled,
     },
 };
 use fusebox_tests::{
@@ -136,7 +136,8 @@ impl Engine for Core {
                 ids.len() - 1
             });
             let policy = &ask.limiter.settings;
-            Rule { cell, policy, ask: ask.ask, shadow: ask.shadow, overflow: false, held: false }
+            let CellAsk { ask, shadow, quota, .. } = *ask;
+            Rule { cell, policy, ask, shadow, quota, overflow: false, held: false }
         });
         let rules: Vec<_> = rules.collect();
         let before: Cells = ids.iter().map(|(id, limiter)| self.find(*id, limiter)).collect();

@@ -25,8 +25,8 @@ const NAMESPACE: &str = "spec";
 /// - `policy`, then policies as a configuration has them below `policies`: makes or changes them
 /// - `drop policy=NAME`: the configuration has it no more
 /// - `acquire [charging=each-alone|always] [priority=critical|bulk] [retry] [grant=NAME]`, then lines of
-///   `POLICY KEY COST [estimated]` or `POLICY KEY lease=WANTED clients=C`; with `grant`, what was charged can
-///   be settled
+///   `POLICY KEY COST [estimated|peek] [limit=L] [quota]`, `POLICY KEY -CREDIT` or
+///   `POLICY KEY lease=WANTED clients=C`; with `grant`, what was charged can be settled
 /// - `settle`, then lines of `GRANT [actual=TOTAL] [returned=R] [partial]`: an estimate tells its cost so far,
 ///   a lease what was not spent, a permit nothing
 /// - `attest`, then lines of `GRANT`: a holder tells of permits that a crash forgot
@@ -122,7 +122,8 @@ impl Script {
             // Leases leave what the lowest priority does.
             let is_lease = matches!(ask.purpose, Purpose::Lease { .. });
             let priority = if is_lease { Priority::Bulk } else { priority };
-            asks.extend(policy.asks(line.word(1), ask, priority, now));
+            let rules = policy.asks(line.word(1), ask, priority, now);
+            asks.extend(rules.map(|rule| CellAsk { quota: line.has("quota"), ..rule }));
             ends.push(asks.len());
         }
         let mut decided =
@@ -235,9 +236,14 @@ fn ask(line: &Line<'_>) -> Ask {
         let clients = line.number("clients").and_then(|clients| clients.try_into().ok());
         return Ask::spend(wanted).to(Purpose::Lease { clients: clients.expect("clients=C") });
     }
-    let estimated = line.has("estimated");
-    let purpose = if estimated { Purpose::Estimate } else { Purpose::Spend };
-    Ask::spend(line.word(2).parse().expect("a cost")).to(purpose)
+    let (cost, limit) = (line.word(2), line.number("limit"));
+    let (cost, purpose) = match cost.strip_prefix('-') {
+        Some(credit) => (credit, Purpose::Credit),
+        None if line.has("estimated") => (cost, Purpose::Estimate),
+        None if line.has("peek") => (cost, Purpose::Peek),
+        None => (cost, Purpose::Spend),
+    };
+    Ask { limit, ..Ask::spend(cost.parse().expect("a cost")).to(purpose) }
 }
 
 /// What a grant holds of what was charged.
@@ -248,7 +254,7 @@ fn parts(asks: &[CellAsk<'_>], decided: &Decided) -> Vec<OpenPart> {
         holds: match ask.ask.purpose {
             Purpose::Lease { .. } => Holds::Lease,
             _ if ask.limiter.is_concurrency() => Holds::Permit,
-            Purpose::Spend | Purpose::Estimate => Holds::Estimate,
+            _ => Holds::Estimate,
         },
         number: ask.limiter.number,
         revision: ask.limiter.settings.revision,
