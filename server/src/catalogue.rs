@@ -2,6 +2,7 @@
 
 mod almanac;
 mod budget;
+pub mod domains;
 mod names;
 pub mod registry;
 
@@ -11,7 +12,7 @@ use arrayvec::ArrayVec;
 use fusebox_core::{Ask, Kind, Limit, Moment, Purpose, Window};
 use hashbrown::HashMap;
 
-pub use self::{almanac::Almanac, budget::Budget, names::Names};
+pub use self::{almanac::Almanac, budget::Budget, domains::Domains, names::Names};
 use crate::{
     app::{Priority, top_keys::TopKeys},
     counters::Decisions,

@@ -341,3 +341,9 @@ pub const RULE_PATH_BYTES: usize = 1024;
 /// Series of metrics that `detailed_metric` and `value_to_metric` may make of what callers send: past it hits are
 /// counted by their rule.
 pub const DETAILED_METRICS: usize = 10_000;
+
+/// Bytes of the key of a series of hits: a label of metrics, cut where it is longer.
+pub const HITS_KEY_BYTES: usize = 256;
+
+/// Shards of the series that one rule has for what callers send: many calls at once rarely want the same lock.
+pub const HITS_SHARDS: usize = 16;
