@@ -258,11 +258,14 @@ impl fmt::Display for Field {
 }
 
 impl Place {
-    /// The line, with an arrow below the column.
+    /// The line, or the part of a long one that the column is in, with an arrow below it.
     fn shown_in(self, text: &str) -> String {
         let shown = self.0.and_then(|(number, column)| {
             let line = text.lines().nth(usize::try_from(number).ok()?.checked_sub(1)?)?;
-            let indent = " ".repeat(usize::try_from(column).ok()?.checked_sub(1)?);
+            let column = usize::try_from(column).ok()?.checked_sub(1)?;
+            let before = column.saturating_sub(limits::SHOWN_LETTERS / 2);
+            let line: String = line.chars().skip(before).take(limits::SHOWN_LETTERS).collect();
+            let indent = " ".repeat(column - before);
             let margin = " ".repeat(number.to_string().len());
             Some(format!("\n{number} | {line}\n{margin} | {indent}^"))
         });
@@ -279,6 +282,7 @@ fn what_is_wrong(error: &serde_saphyr::Error) -> String {
             let words = DefaultMessageFormatter.format_message(error);
             // Advice for those who write parsers, not configurations.
             let words = words.split(", set DuplicateKeyPolicy").next().unwrap_or_default();
+            let words = words.split("; use from_str_multiple").next().unwrap_or_default();
             words.replace(
                 "invalid socket address syntax",
                 "not an IP address and a port, such as 127.0.0.1:3873",
@@ -635,6 +639,16 @@ mod tests {
         Config::parse("a.yaml", &many(limits::POLICIES)).unwrap();
         let error = Config::parse("a.yaml", &many(limits::POLICIES + 1)).unwrap_err();
         assert!(error.to_string().contains("at most 10000"), "{error}");
+    }
+
+    #[test]
+    fn of_a_long_line_the_part_with_the_mistake_is_shown() {
+        let text = format!("listen: {}here", " ".repeat(1_000));
+        let error = Config::parse("a.yaml", &text).unwrap_err().to_string();
+        let shown: Vec<_> = error.lines().collect();
+        assert!(shown[0].starts_with("a.yaml:1:1009: `listen`: "), "{error}");
+        assert_eq!(shown[1].find("here"), shown[2].find('^'), "{error}");
+        assert!(shown[1].len() < 200, "{error}");
     }
 
     #[test]

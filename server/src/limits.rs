@@ -335,6 +335,9 @@ pub const RATELIMIT_BYTES: usize = 64 * 1024;
 /// Rules of Envoy's rate limit service, of all domains: each is a policy, of some kilobytes.
 pub const RULES: usize = 20_000;
 
+/// Letters of a line that a message shows: more than a terminal has.
+pub const SHOWN_LETTERS: usize = 160;
+
 /// Bytes of a rule's path: it is the name of a policy, and a label of metrics.
 pub const RULE_PATH_BYTES: usize = 1024;
 
