@@ -641,6 +641,97 @@ mod tests {
         assert!(error.to_string().contains("at most 10000"), "{error}");
     }
 
+    const ENVOY: &str = "envoy_ratelimit: {config_dir: ./rules, durability: relaxed, shadow_mode: true, \
+                         quota_mode: true, merge_domains: true, response_headers: {limit: X-Limit, \
+                         remaining: x-remaining, reset: X-RESET}, response_dynamic_metadata: true, domains: \
+                         {edge: {charge: all_or_nothing, algorithm: sliding_window, policies: \
+                         {'path=/login|remote_address': partner/quota}}}}";
+
+    #[test]
+    fn where_envoys_rules_are_is_printed_as_it_is_read() {
+        for text in [
+            ENVOY,
+            "envoy_ratelimit: {config_dir: /etc/rules}",
+            "envoy_ratelimit: {config_dir: rules, response_headers: {}}",
+            "envoy_ratelimit: {config_dir: rules, domains: {'a b': {algorithm: token_bucket}, '': {}}}",
+        ] {
+            let config = Config::parse("a.yaml", text).unwrap();
+            assert!(config.envoy_ratelimit.is_some());
+            let printed = config.to_string();
+            assert_eq!(Config::parse("b.yaml", &printed).unwrap(), config, "{printed}");
+        }
+        let all = Config::parse("a.yaml", ENVOY).unwrap().envoy_ratelimit.unwrap();
+        assert_eq!(all.config_dir, PathBuf::from("./rules"));
+        assert_eq!(all.durability, Some(Durability::Relaxed));
+        assert!(all.shadow_mode && all.quota_mode && all.merge_domains);
+        assert!(all.response_dynamic_metadata);
+        let headers = all.response_headers.unwrap();
+        let headers = [headers.limit, headers.remaining, headers.reset];
+        assert_eq!(headers, ["X-Limit", "x-remaining", "X-RESET"]);
+        let edge = &all.domains["edge"];
+        assert_eq!(edge.charge, envoy::Charge::AllOrNothing);
+        assert_eq!(edge.algorithm, envoy::Algorithm::SlidingWindow);
+        let native = &edge.policies["path=/login|remote_address"];
+        assert_eq!((native.namespace.as_str(), native.policy.as_str()), ("partner", "quota"));
+    }
+
+    #[test]
+    fn a_mistake_in_where_envoys_rules_are_is_told() {
+        for (settings, field, words) in [
+            ("{}", "envoy_ratelimit", "missing field `config_dir`"),
+            ("{config_dir: a, shadow: true}", "envoy_ratelimit.shadow", "unknown field `shadow`"),
+            ("{config_dir: a, durability: lax}", "envoy_ratelimit.durability", "unknown variant"),
+            ("{config_dir: a, quota_mode: 5}", "envoy_ratelimit.quota_mode", "bool"),
+            (
+                "{config_dir: a, response_headers: {limit: 'X Limit'}}",
+                "envoy_ratelimit.response_headers.limit",
+                "`X Limit` is not the name of a header",
+            ),
+            (
+                "{config_dir: a, response_headers: {reset: ''}}",
+                "envoy_ratelimit.response_headers.reset",
+                "`` is not the name of a header",
+            ),
+            (
+                "{config_dir: a, response_headers: {remaining: ':path'}}",
+                "envoy_ratelimit.response_headers.remaining",
+                "`:path` is not the name of a header",
+            ),
+            (
+                "{config_dir: a, response_headers: {left: X}}",
+                "envoy_ratelimit.response_headers.left",
+                "unknown field `left`",
+            ),
+            (
+                "{config_dir: a, domains: {d: {charge: never}}}",
+                "envoy_ratelimit.domains.d.charge",
+                "unknown variant `never`",
+            ),
+            (
+                "{config_dir: a, domains: {d: {algorithm: leaky_bucket}}}",
+                "envoy_ratelimit.domains.d.algorithm",
+                "unknown variant `leaky_bucket`",
+            ),
+            (
+                "{config_dir: a, domains: {d: {policies: {a: quota}}}}",
+                "envoy_ratelimit.domains.d.policies.a",
+                "`quota` is not a policy such as `partner/quota`",
+            ),
+            (
+                "{config_dir: a, domains: {d: {policies: {a: Partner/quota}}}}",
+                "envoy_ratelimit.domains.d.policies.a",
+                "`Partner` is not a name",
+            ),
+        ] {
+            let text = format!("envoy_ratelimit: {settings}");
+            let error = Config::parse("some.yaml", &text).unwrap_err().to_string();
+            let (first, _) = error.split_once('\n').unwrap();
+            assert!(first.starts_with("some.yaml:1:"), "{settings}: {error}");
+            assert!(first.contains(&format!("`{field}`: ")), "{field}: {error}");
+            assert!(first.contains(words), "{words}: {error}");
+        }
+    }
+
     #[test]
     fn of_a_long_line_the_part_with_the_mistake_is_shown() {
         let text = format!("listen: {}here", " ".repeat(1_000));

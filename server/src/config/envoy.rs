@@ -6,7 +6,8 @@
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use fusebox_core::{Limit, SlidingWindow, TokenBucket, WindowLimit};
-use serde::{Deserialize, Serialize};
+use http::HeaderName;
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use super::{Durability, LimitSettings, Name, Policy};
 
@@ -47,10 +48,13 @@ pub struct EnvoyRatelimit {
 #[serde(deny_unknown_fields, default)]
 pub struct ResponseHeaders {
     /// Tells the limit.
+    #[serde(deserialize_with = "header_name")]
     pub limit: String,
     /// Tells what is left of it.
+    #[serde(deserialize_with = "header_name")]
     pub remaining: String,
     /// Tells in how many seconds all of it is left again.
+    #[serde(deserialize_with = "header_name")]
     pub reset: String,
 }
 
@@ -324,6 +328,15 @@ fn escaped(text: &str, others: &[char]) -> String {
         }
     }
     escaped
+}
+
+/// The name of a header, in the capitals that it is written in.
+fn header_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    match HeaderName::from_bytes(name.as_bytes()) {
+        Ok(_) => Ok(name),
+        Err(_) => Err(D::Error::custom(format!("`{name}` is not the name of a header"))),
+    }
 }
 
 impl TryFrom<String> for NativePolicy {
