@@ -335,6 +335,31 @@ pub const RATELIMIT_BYTES: usize = 64 * 1024;
 /// Rules of Envoy's rate limit service, of all domains: each is a policy, of some kilobytes.
 pub const RULES: usize = 20_000;
 
+/// Bytes of a rule's domain, of each of its keys, and of its name: as keys of our own policies.
+pub const RULE_TEXT_BYTES: usize = KEY_BYTES;
+
+/// Files and folders that rules are read from: a file is a domain, or a part of one.
+pub const RULE_FILES: usize = 1_000;
+
+/// Bytes of all files of rules: as many rules as there may be, at some hundreds of bytes, three times over.
+pub const RULE_FILES_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Folders of rules in each other: links may make a few of one.
+pub const RULE_FOLDERS: usize = 16;
+
+/// Values in a file of rules, with what is repeated by its anchor: as many rules as there may be, at some tens.
+pub const RULE_FILE_NODES: usize = 1_000_000;
+
+/// Lists and maps in each other in a file of rules: two for each level, and some for the rule and its metadata. Each
+/// is a call on the stack.
+pub const RULE_FILE_DEPTH: usize = 2 * DESCRIPTOR_ENTRIES + 32;
+
+/// Bytes of the stack that files of rules are parsed on: in a debug build a list or a map takes some 40 kB of it.
+pub const RULE_FILE_STACK: usize = 16 * 1024 * 1024;
+
+/// Mistakes in files of rules that are told at once: more than anybody mends before the next try.
+pub const RULE_MISTAKES: usize = 100;
+
 /// Letters of a line that a message shows: more than a terminal has.
 pub const SHOWN_LETTERS: usize = 160;
 

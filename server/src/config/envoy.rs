@@ -3,6 +3,8 @@
 //! They are files of envoyproxy/ratelimit, unchanged: trees of descriptors, one domain each. What those files
 //! cannot say is in our own file, under `envoy_ratelimit`.
 
+pub mod files;
+
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use fusebox_core::{Limit, SlidingWindow, TokenBucket, WindowLimit};
@@ -373,6 +375,17 @@ impl Default for ResponseHeaders {
     }
 }
 
+impl Rules {
+    /// How many rules there are: nodes that have a limit, or say that they have none.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        fn of(nodes: &[Node]) -> usize {
+            nodes.iter().map(|node| usize::from(node.rate_limit.is_some()) + of(&node.nodes)).sum()
+        }
+        self.domains.values().map(|nodes| of(nodes)).sum()
+    }
+}
+
 impl Unit {
     /// Every unit.
     pub const ALL: [Self; 7] =
@@ -391,6 +404,12 @@ impl Unit {
             Self::Month => 30 * 24 * HOUR,
             Self::Year => 365 * 24 * HOUR,
         })
+    }
+
+    /// The unit of that name, in any capitals.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|unit| unit.name().eq_ignore_ascii_case(name))
     }
 
     /// Its name, in lower case.
