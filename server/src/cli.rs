@@ -26,7 +26,8 @@ pub enum Command {
     Serve(Serve),
     /// Check a configuration and print it with its defaults filled in
     ///
-    /// Exits with 0, or with 2 if the file is not a configuration; the message names line and field.
+    /// Also reads the files of `envoy_ratelimit.config_dir`. Exits with 0, or with 2 if a file is wrong; the messages
+    /// name file, line and field.
     Check {
         /// The configuration, a YAML file
         file: PathBuf,

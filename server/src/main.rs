@@ -12,7 +12,13 @@ use clap::Parser;
 use fusebox_server::{
     cli::{Cli, Command, Serve},
     clock::SystemClock,
-    config::{Config, Engine, Storage},
+    config::{
+        Config, Engine, Storage,
+        envoy::{
+            EnvoyRatelimit, Rules,
+            files::{self, Loaded},
+        },
+    },
     entropy::SystemEntropy,
     limits,
     run::{self, Listeners, Parts},
@@ -50,19 +56,45 @@ fn main() -> ExitCode {
 }
 
 fn check(file: &Path) -> ExitCode {
-    match Config::read(file) {
-        Ok(config) => {
-            if let Err(note) = config.check_exposure(false) {
-                note_to_people(&note.to_string());
-            }
-            if config.namespaces.is_empty() {
-                note_to_people(NOTHING_SERVED);
-            }
-            print(&config.to_string());
-            ExitCode::SUCCESS
-        }
-        Err(error) => fail(MISUSE, &error.to_string()),
+    let config = match Config::read(file) {
+        Ok(config) => config,
+        Err(error) => return fail(MISUSE, &error.to_string()),
+    };
+    if let Err(note) = config.check_exposure(false) {
+        note_to_people(&note.to_string());
     }
+    match &config.envoy_ratelimit {
+        Some(settings) => match files::read(settings) {
+            Ok(Loaded { rules, notes }) => {
+                notes.iter().for_each(|note| note_to_people(note));
+                note_to_people(&found(&rules, settings));
+                if config.namespaces.is_empty() && rules.domains.is_empty() {
+                    note_to_people(NOTHING_SERVED);
+                }
+            }
+            Err(error) => {
+                error.mistakes.iter().for_each(|mistake| _ = fail(MISUSE, mistake));
+                return ExitCode::from(MISUSE);
+            }
+        },
+        None if config.namespaces.is_empty() => note_to_people(NOTHING_SERVED),
+        None => {}
+    }
+    print(&config.to_string());
+    ExitCode::SUCCESS
+}
+
+fn found(rules: &Rules, settings: &EnvoyRatelimit) -> String {
+    let counted = |count: usize, what: &str| match count {
+        1 => format!("1 {what}"),
+        _ => format!("{count} {what}s"),
+    };
+    format!(
+        "{} with {} of Envoy's rate limit service in {}",
+        counted(rules.domains.len(), "domain"),
+        counted(rules.count(), "rule"),
+        settings.config_dir.display()
+    )
 }
 
 fn start(options: &Serve) -> ExitCode {
@@ -90,7 +122,7 @@ async fn serve(options: &Serve, config: Config) -> Result<(), ExitCode> {
     if options.insecure() {
         tracing::warn!("--insecure: whoever reaches these addresses can spend every quota");
     }
-    if config.namespaces.is_empty() {
+    if config.namespaces.is_empty() && config.envoy_ratelimit.is_none() {
         tracing::warn!(NOTHING_SERVED);
     }
     print(

@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
+    os::unix::fs::symlink,
     path::Path,
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -117,6 +118,86 @@ fn check_prints_what_is_in_effect_or_says_what_is_wrong() {
     let (code, _, error) = ended(fusebox().args(["check", "/nowhere/fusebox.yaml"]));
     assert_eq!(code, 2);
     assert!(error.starts_with("fusebox: cannot read /nowhere/fusebox.yaml"), "{error}");
+}
+
+/// A configuration whose rules are in a folder beside it, with these files.
+fn with_rules(directory: &Path, files: &[(&str, &str)]) -> String {
+    let folder = directory.join("rules");
+    fs::create_dir_all(&folder).unwrap();
+    for (name, text) in files {
+        fs::write(folder.join(name), text).unwrap();
+    }
+    write(directory, &format!("envoy_ratelimit: {{config_dir: {}}}\n", folder.display()))
+}
+
+#[test]
+fn check_reads_the_rules_of_envoy_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let limit = "{unit: day, requests_per_unit: 5}";
+    let one = format!("domain: one\ndescriptors:\n- {{key: a, rate_limit: {limit}}}\n- key: b\n");
+    let file = with_rules(directory.path(), &[("one.yaml", &one), ("two", "domain: two\n")]);
+    let folder = directory.path().join("rules");
+    let (code, effective, error) = ended(fusebox().arg("check").arg(&file));
+    let note = "2 domains with 1 rule of Envoy's rate limit service in";
+    assert_eq!(error, format!("note: {note} {}\n", folder.display()));
+    assert_eq!(code, 0);
+    assert!(effective.contains("merge_domains: false"), "with its defaults: {effective}");
+
+    // From where it is started, as the data directory.
+    write(directory.path(), "envoy_ratelimit: {config_dir: rules}\n");
+    let (code, _, error) = ended(fusebox().arg("check").arg(&file).current_dir(&directory));
+    assert_eq!((code, error), (0, format!("note: {note} rules\n")));
+
+    let misplaced = "domain: one\ndescriptors:\n- {key: a, unit: day}\n";
+    fs::write(folder.join("one.yaml"), misplaced).unwrap();
+    let (code, _, error) = ended(fusebox().arg("check").arg(&file).current_dir(&directory));
+    assert_eq!(code, 0);
+    assert!(error.starts_with("note: rules/one.yaml:3:12: `unit` means nothing in"), "{error}");
+}
+
+#[test]
+fn check_tells_all_wrong_files_of_rules() {
+    let directory = tempfile::tempdir().unwrap();
+    let bad_unit = "domain: a\ndescriptors:\n- {key: a, rate_limit: {unit: eon}}\n";
+    let bad_key = "domain: b\ndescriptors:\n- key: a\n  ratelimit: {}\n";
+    let files = [("a.yaml", bad_unit), ("b.yaml", bad_key), ("c.yaml", "domain: c\n")];
+    let file = with_rules(directory.path(), &files);
+    let (code, effective, error) = ended(fusebox().arg("check").arg(&file));
+    assert_eq!((code, effective.as_str()), (2, ""));
+    let told: Vec<_> = error.lines().filter(|line| line.starts_with("fusebox: ")).collect();
+    let folder = directory.path().join("rules").display().to_string();
+    let expected =
+        ["a.yaml:3:31: invalid rate limit unit 'eon'", "b.yaml:4:3: config error, unknown key"];
+    assert_eq!(told.len(), expected.len(), "{error}");
+    for (told, expected) in told.iter().zip(expected) {
+        assert!(told.starts_with(&format!("fusebox: {folder}/{expected}")), "{expected}: {error}");
+    }
+    assert!(error.contains("\n3 | - {key: a, rate_limit: {unit: eon}}\n"), "it is shown: {error}");
+}
+
+#[test]
+fn check_names_a_folder_of_rules_that_is_not_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = write(directory.path(), "envoy_ratelimit: {config_dir: /nowhere/rules}\n");
+    let (code, effective, error) = ended(fusebox().arg("check").arg(&file));
+    assert_eq!((code, effective.as_str()), (2, ""));
+    assert!(error.starts_with("fusebox: cannot read the folder /nowhere/rules: "), "{error}");
+    assert!(error.contains("`envoy_ratelimit.config_dir`"), "it says what to do: {error}");
+}
+
+#[test]
+fn check_reads_rules_where_kubernetes_mounts_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = with_rules(directory.path(), &[]);
+    let folder = directory.path().join("rules");
+    let version = folder.join("..2026_01_01_00_00_00.1");
+    fs::create_dir(&version).unwrap();
+    fs::write(version.join("rules.yaml"), "domain: d\n").unwrap();
+    symlink("..2026_01_01_00_00_00.1", folder.join("..data")).unwrap();
+    symlink("..data/rules.yaml", folder.join("rules.yaml")).unwrap();
+    let (code, _, error) = ended(fusebox().arg("check").arg(&file));
+    assert_eq!(code, 0, "{error}");
+    assert!(error.starts_with("note: 1 domain with 0 rules of Envoy's"), "{error}");
 }
 
 #[test]
