@@ -733,6 +733,49 @@ mod tests {
     }
 
     #[test]
+    fn the_example_has_every_setting_of_envoys_rules_and_says_its_default() {
+        let text = include_str!("../../deploy/fusebox.yaml");
+        let commented: Vec<_> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix('#'))
+            .filter(|line| !line.is_empty() && !line.starts_with(' ') || line.starts_with("  "))
+            .collect();
+        let block = commented.join("\n");
+        let example = Config::parse("fusebox.yaml", &block).unwrap().envoy_ratelimit.unwrap();
+        let unknown = |settings: &str| {
+            let text = format!("envoy_ratelimit: {{config_dir: a, {settings}}}");
+            let error = Config::parse("a.yaml", &text).unwrap_err().to_string();
+            let (_, expected) = error.split_once("expected one of ").unwrap();
+            expected.lines().next().unwrap().to_owned()
+        };
+        for expected in [
+            unknown("nothing: 0"),
+            unknown("response_headers: {nothing: 0}"),
+            unknown("domains: {d: {nothing: 0}}"),
+        ] {
+            for setting in expected.split(", ") {
+                let setting = setting.trim().trim_matches('`');
+                assert!(block.contains(&format!(" {setting}:")), "{setting} of {expected}");
+            }
+        }
+        let defaults = "envoy_ratelimit: {config_dir: ./ratelimit}";
+        let defaults = Config::parse("a.yaml", defaults).unwrap().envoy_ratelimit.unwrap();
+        assert_eq!(example.durability, Some(Durability::default()));
+        assert_eq!(example.response_headers, Some(envoy::ResponseHeaders::default()));
+        let edge = &example.domains["edge"];
+        assert!(!edge.policies.is_empty());
+        let policies = edge.policies.clone();
+        assert_eq!(*edge, envoy::DomainSettings { policies, ..envoy::DomainSettings::default() });
+        let same = envoy::EnvoyRatelimit {
+            durability: None,
+            response_headers: None,
+            domains: BTreeMap::new(),
+            ..example
+        };
+        assert_eq!(same, defaults);
+    }
+
+    #[test]
     fn of_a_long_line_the_part_with_the_mistake_is_shown() {
         let text = format!("listen: {}here", " ".repeat(1_000));
         let error = Config::parse("a.yaml", &text).unwrap_err().to_string();
