@@ -379,10 +379,526 @@ fn probed() {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
+    use std::{cell::Cell, collections::BTreeSet, sync::atomic::Ordering, time::Duration};
+
+    use arrayvec::ArrayVec;
+
+    use super::*;
+    use crate::{
+        app::top_keys::TopKeys,
+        catalogue::{Budget, Names, Overrides, Reserves},
+        config::envoy::NativePolicy,
+        counters::Decisions,
+        limits,
+    };
 
     thread_local! {
         /// Lookups of this thread.
         pub static PROBES: Cell<usize> = const { Cell::new(0) };
+    }
+
+    /// The nodes of a script. Each line is a rule: its levels between `>`, each as `key` or `key=value` and its
+    /// flags, then what it allows in a minute and the flags of the rule.
+    fn nodes(script: &str) -> Vec<Node> {
+        let mut nodes = Vec::new();
+        for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
+            let (levels, rule) = line.rsplit_once(" : ").unwrap();
+            let (above, last) = levels.rsplit_once(" > ").unwrap_or(("", levels));
+            let mut below = &mut nodes;
+            for level in above.split(" > ").filter(|level| !level.is_empty()) {
+                below = &mut planted(below, level).nodes;
+            }
+            let node = planted(below, last);
+            let mut flags = rule.split(' ');
+            let amount = match flags.next().unwrap() {
+                "nothing" => continue,
+                "unlimited" => Amount::Unlimited,
+                limit => Amount::Requests { per_unit: limit.parse().unwrap(), unit: Unit::Minute },
+            };
+            let (name, replaces) = (String::new(), Vec::new());
+            node.rate_limit = Some(RateLimit { amount, name, replaces });
+            for flag in flags {
+                match flag {
+                    "detailed" => node.detailed_metric = true,
+                    "shadow" => node.shadow_mode = true,
+                    "quota" => node.quota_mode = true,
+                    name => node.rate_limit.as_mut().unwrap().name = name.to_owned(),
+                }
+            }
+        }
+        nodes
+    }
+
+    fn planted<'n>(nodes: &'n mut Vec<Node>, level: &str) -> &'n mut Node {
+        let mut words = level.split(' ');
+        let entry = words.next().unwrap();
+        let (key, value) = match entry.split_once('=') {
+            None => (entry, Value::Any),
+            Some((key, value)) if value.contains('*') => (key, Value::Pattern(value.to_owned())),
+            Some((key, value)) => (key, Value::Exactly(value.to_owned())),
+        };
+        let known = nodes.iter().position(|node| node.key == key && node.value == value);
+        let index = known.unwrap_or_else(|| {
+            nodes.push(Node {
+                key: key.to_owned(),
+                value,
+                rate_limit: None,
+                shadow_mode: false,
+                quota_mode: false,
+                detailed_metric: false,
+                value_to_metric: false,
+                share_threshold: false,
+                metadata: BTreeMap::new(),
+                nodes: Vec::new(),
+            });
+            nodes.len() - 1
+        });
+        for flag in words {
+            match flag {
+                "share" => nodes[index].share_threshold = true,
+                "metric" => nodes[index].value_to_metric = true,
+                other => panic!("{other}"),
+            }
+        }
+        &mut nodes[index]
+    }
+
+    fn settings() -> EnvoyRatelimit {
+        EnvoyRatelimit {
+            config_dir: "rules".into(),
+            durability: None,
+            shadow_mode: false,
+            quota_mode: false,
+            merge_domains: false,
+            response_headers: None,
+            response_dynamic_metadata: false,
+            domains: BTreeMap::new(),
+        }
+    }
+
+    /// What follows `former`: one domain, `domain`, of those rules.
+    fn of_nodes(former: &Domains, nodes: Vec<Node>) -> Domains {
+        let rules = Rules { domains: [("domain".to_owned(), nodes)].into() };
+        Domains::new(&settings(), &rules, |_| None, former)
+    }
+
+    fn after(former: &Domains, script: &str) -> Domains {
+        of_nodes(former, nodes(script))
+    }
+
+    fn domains(script: &str) -> Domains {
+        after(&Domains::default(), script)
+    }
+
+    fn entries(descriptor: &str) -> impl Iterator<Item = (&str, &str)> + Clone {
+        descriptor.split(" > ").map(|entry| entry.split_once('=').unwrap())
+    }
+
+    fn rule<'d>(domains: &'d Domains, descriptor: &str) -> Option<&'d Rule> {
+        domains.domain("domain").unwrap().rule(entries(descriptor))
+    }
+
+    /// What the rule of a descriptor allows in a minute.
+    fn limit(domains: &Domains, descriptor: &str) -> Option<u32> {
+        match rule(domains, descriptor)?.amount {
+            Amount::Requests { per_unit, .. } => Some(per_unit),
+            Amount::Unlimited => Some(u32::MAX),
+        }
+    }
+
+    /// The bucket of a descriptor: that of two is the same if this is.
+    fn bucket(domains: &Domains, descriptor: &str) -> String {
+        let rule = rule(domains, descriptor).unwrap();
+        format!("{} {}", rule.path, &*rule.key(entries(descriptor)))
+    }
+
+    const BASIC: &str = "
+        key1=value1 > subkey1 : 5
+        key1=value1 > subkey1=subvalue1 : 10
+        key2 : 20
+        key2=value2 : 30
+        key2=value3 : nothing
+        key3 : 1
+        key4 : 1 key4_rate_limit
+        key5=value5 : 15
+        key5=value5 > subkey5=subvalue5 : 25
+        key6 : unlimited
+        key7 : 70 detailed
+    ";
+
+    #[test]
+    fn a_rule_is_found_exactly_at_the_last_entry() {
+        let domains = domains(BASIC);
+        for (descriptor, limited) in [
+            ("key1=", None),
+            ("key1=value1", None),
+            ("key1=value1 > subkey1=", Some(5)),
+            ("key1=value1 > subkey1=something", Some(5)),
+            ("key1=value1 > subkey1=subvalue1", Some(10)),
+            ("key1=value1 > subkey1=subvalue1 > extra=depth", None),
+            ("key1=value2 > subkey1=subvalue1", None),
+            ("subkey1=subvalue1 > key1=value1", None),
+            ("key2=", Some(20)),
+            ("key2=anything", Some(20)),
+            ("key2=value2", Some(30)),
+            ("key2=value3", None),
+            ("key3=foo", Some(1)),
+            ("key3=foo > more=", None),
+            ("key4=foo", Some(1)),
+            ("key5=value5", Some(15)),
+            ("key5=value5 > subkey5=subvalue5", Some(25)),
+            ("key5=value5 > subkey5=other", None),
+            ("key6=foo", Some(u32::MAX)),
+            ("key7=foo", Some(70)),
+            ("KEY3=foo", None),
+            ("key=foo", None),
+        ] {
+            assert_eq!(limit(&domains, descriptor), limited, "{descriptor}");
+        }
+        let domain = domains.domain("domain").unwrap();
+        assert!(domain.rule(std::iter::empty()).is_none());
+        assert_eq!(&*rule(&domains, "key4=foo").unwrap().name, "key4_rate_limit");
+        assert!(domains.domain("Domain").is_none());
+    }
+
+    #[test]
+    fn a_value_without_a_rule_below_is_not_tried_as_any() {
+        let domains = domains("a=1 > b=1 : 1\na > c : 2\na=1* > d : 3");
+        assert_eq!(limit(&domains, "a=1 > b=1"), Some(1));
+        assert_eq!(limit(&domains, "a=1 > c=1"), None);
+        assert_eq!(limit(&domains, "a=1 > d=1"), None);
+        assert_eq!(limit(&domains, "a=11 > d=1"), Some(3));
+        assert_eq!(limit(&domains, "a=2 > c=1"), Some(2));
+    }
+
+    #[test]
+    fn keys_and_values_that_join_to_the_same_text_are_different() {
+        let domains = domains("a_b=c : 1\na=b_c : 2\na_b : 3");
+        assert_eq!(limit(&domains, "a_b=c"), Some(1));
+        assert_eq!(limit(&domains, "a=b_c"), Some(2));
+        assert_eq!(limit(&domains, "a_b=d"), Some(3));
+        assert_eq!(limit(&domains, "a_b_c="), None);
+        assert_eq!(limit(&domains, "a=b"), None);
+    }
+
+    #[test]
+    fn an_exact_value_goes_before_patterns_and_they_before_any() {
+        let domains = domains("key : 1\nkey=f* : 2\nkey=foo* : 3\nkey=foo1 : 4\nother=* : 5");
+        for (descriptor, limited) in [
+            ("key=foo1", 4),
+            ("key=foo2", 2),
+            ("key=f", 2),
+            ("key=", 1),
+            ("key=bar", 1),
+            ("other=", 5),
+            ("other=any", 5),
+        ] {
+            assert_eq!(limit(&domains, descriptor), Some(limited), "{descriptor}");
+        }
+    }
+
+    #[test]
+    fn patterns_match_on_every_level() {
+        let domains = domains(
+            "
+            key=foo* : 1
+            literal=foo : 2
+            mid=bar*b : 3
+            many=foo*bar*baz : 4
+            nest=val1 > sub=goo* : 5
+            nest=w*d > sub=goo* : 6
+            ",
+        );
+        for (descriptor, limited) in [
+            ("key=foo1", Some(1)),
+            ("key=foo2", Some(1)),
+            ("key=bar", None),
+            ("literal=foo", Some(2)),
+            ("literal=foo1", None),
+            ("mid=barab", Some(3)),
+            ("mid=bar123b", Some(3)),
+            ("mid=barb", Some(3)),
+            ("mid=bara", None),
+            ("mid=xbarb", None),
+            ("many=foo123bar456baz", Some(4)),
+            ("many=foobarbaz", Some(4)),
+            ("many=foo123baz", None),
+            ("many=bar456baz", None),
+            ("nest=val1 > sub=google", Some(5)),
+            ("nest=val2 > sub=google", None),
+            ("nest=val1 > sub=g", None),
+            ("nest=wild > sub=goo", Some(6)),
+        ] {
+            assert_eq!(limit(&domains, descriptor), limited, "{descriptor}");
+        }
+    }
+
+    #[test]
+    fn what_a_rule_leaves_open_is_its_key() {
+        let domains = domains("a=1 > b=1 : 1\na=1 > b : 2\na > b=x* > c : 3\nd=*share share : 4");
+        let key =
+            |descriptor| rule(&domains, descriptor).unwrap().key(entries(descriptor)).to_string();
+        assert_eq!(key("a=1 > b=1"), "");
+        assert_eq!(key("a=1 > b=alice"), "alice");
+        assert_eq!(key("a=2 > b=x|y > c="), "2|x%7Cy|");
+        assert_eq!(key("d=to share"), "");
+    }
+
+    #[test]
+    fn values_share_a_bucket_only_where_a_shared_pattern_matched() {
+        // As envoyproxy's groups of tests have it: each row tells descriptors of one bucket, or of several.
+        for (group, script, together, apart) in [
+            (
+                "basic",
+                "files=files/* share : 10",
+                &["files=files/a.pdf", "files=files/b.csv"][..],
+                &[][..],
+            ),
+            ("without it", "files=files/* : 10", &[], &["files=files/a.pdf", "files=files/b.csv"]),
+            ("metrics", "path=/a* share metric : 10 detailed", &["path=/a1", "path=/a2"], &[]),
+            (
+                "nested",
+                "user > files=files/* share > op : 10",
+                &["user=a > files=files/1 > op=r", "user=a > files=files/2 > op=r"],
+                &[
+                    "user=a > files=files/1 > op=r",
+                    "user=b > files=files/1 > op=r",
+                    "user=a > files=files/1 > op=w",
+                ],
+            ),
+            (
+                "mixed",
+                "a=x* share > b=y* : 10",
+                &["a=x1 > b=y1", "a=x2 > b=y1"],
+                &["a=x1 > b=y1", "a=x1 > b=y2"],
+            ),
+            ("both", "a=x* share > b=y* share : 10", &["a=x1 > b=y1", "a=x2 > b=y2"], &[]),
+            (
+                "explicit",
+                "path=/a* share : 100\npath=/a1 : 50",
+                &["path=/a2", "path=/a3"],
+                &["path=/a1", "path=/a2"],
+            ),
+            ("middle", "path=/api*v1 share : 10", &["path=/api/a/v1", "path=/apiv1"], &[]),
+            ("multi", "rpc=svc*ep*rpc share : 10", &["rpc=svc1ep1rpc", "rpc=svceprpc"], &[]),
+            (
+                "nested patterns",
+                "env=t*prod share > res=res*v2 share : 10",
+                &["env=tprod > res=resv2", "env=t1prod > res=res/1/v2"],
+                &[],
+            ),
+        ] {
+            let domains = domains(script);
+            let buckets = |descriptors: &[&str]| -> BTreeSet<_> {
+                descriptors.iter().map(|descriptor| bucket(&domains, descriptor)).collect()
+            };
+            assert_eq!(buckets(together).len(), usize::from(!together.is_empty()), "{group}");
+            assert_eq!(buckets(apart).len(), apart.len(), "{group}");
+        }
+        let domains = domains("path=/a* share : 100\npath=/a1 : 50");
+        assert_eq!(limit(&domains, "path=/a1"), Some(50));
+        assert_eq!(limit(&domains, "path=/a2"), Some(100));
+    }
+
+    const HIT: Hit =
+        Hit { hits: 1, spent_before: 0, limit: 9, over: false, shadow: false, negative: false };
+
+    fn count(domains: &Domains, descriptor: &str) {
+        rule(domains, descriptor).unwrap().count(entries(descriptor), HIT);
+    }
+
+    /// Every series that has counted something, as its key and total.
+    fn series(domains: &Domains) -> Vec<(String, u64)> {
+        let mut series = Vec::new();
+        domains.visit_hits(|domain, key, hits| {
+            assert_eq!(domain, "domain");
+            let total = hits.total.load(Ordering::Relaxed);
+            series.extend((total > 0).then(|| (key.to_owned(), total)));
+        });
+        series
+    }
+
+    fn told(series: &[(&str, u64)]) -> Vec<(String, u64)> {
+        series.iter().map(|(key, total)| ((*key).to_owned(), *total)).collect()
+    }
+
+    #[test]
+    fn hits_are_told_by_the_keys_that_envoyproxy_gives_them() {
+        for (script, descriptor, key) in [
+            ("a : 1", "a=1", "a"),
+            ("a=1 : 1", "a=1", "a_1"),
+            ("a > b=1 > c : 1", "a=x > b=1 > c=y", "a.b_1.c"),
+            ("a=foo* : 1", "a=foo1", "a_foo*"),
+            ("a : 1 detailed", "a=1", "a_1"),
+            ("a : 1 detailed", "a=", "a"),
+            ("a > b=1 > c=x* : 1 detailed", "a=1 > b=1 > c=xy", "a_1.b_1.c_xy"),
+            ("a=x* share > b : 1 detailed", "a=x1 > b=2", "a_x*.b_2"),
+            (
+                "route metric > http_method metric > subject_id : 60",
+                "route=api > http_method=GET > subject_id=123",
+                "route_api.http_method_GET.subject_id",
+            ),
+            ("a > b > c : 1", "a=1 > b=2 > c=3", "a.b.c"),
+            ("a > b metric > c : 1", "a=1 > b=2 > c=3", "a.b_2.c"),
+            ("a > b > c metric : 1", "a=1 > b=2 > c=3", "a.b.c_3"),
+            ("a metric > b : 1", "a= > b=1", "a.b"),
+            ("a=1 metric > b : 1", "a=1 > b=2", "a_1.b"),
+            ("a=foo* metric > b : 1", "a=foo1 > b=2", "a_foo1.b"),
+            ("a=foo* > b metric : 1", "a=foo1 > b=2", "a_foo*.b_2"),
+            ("a=foo* share metric > b metric : 1", "a=foo1 > b=2", "a_foo*.b_2"),
+            ("a metric > b : 1 detailed", "a=1 > b=2", "a_1.b_2"),
+        ] {
+            let domains = domains(script);
+            count(&domains, descriptor);
+            assert_eq!(series(&domains), told(&[(key, 1)]), "{script}");
+        }
+    }
+
+    #[test]
+    fn every_rule_is_a_series_before_its_first_hit() {
+        let mut keys = Vec::new();
+        domains("a : 1\na=1 > b : 1 detailed\nc : nothing\nd : unlimited")
+            .visit_hits(|_, key, hits| keys.push((key.to_owned(), hits.is_counted())));
+        assert_eq!(keys, ["a", "a_1.b", "d"].map(|key| (key.to_owned(), false)));
+    }
+
+    #[test]
+    fn series_of_one_key_are_one() {
+        let domains = domains("a_b=c : 1\na=b_c : 2\na=b* : 3 detailed");
+        for descriptor in ["a_b=c", "a=b_c", "a=b_d", "a=b_d"] {
+            count(&domains, descriptor);
+        }
+        let domain = domains.domain("domain").unwrap();
+        domain.count_request_limit(entries("a=b_d > x="), HIT);
+        domain.count_request_limit(entries("a=b_d"), HIT);
+        assert_eq!(series(&domains), told(&[("a_b_c", 2), ("a_b_d", 3), ("a_b_d.x", 1)]));
+    }
+
+    #[test]
+    fn hits_past_the_last_series_are_counted_by_their_rule() {
+        let domains = domains("a : 1 detailed");
+        domains.taken.store(limits::DETAILED_METRICS, Ordering::Relaxed);
+        count(&domains, "a=1");
+        domains.domain("domain").unwrap().count_request_limit(entries("x=y"), HIT);
+        assert_eq!(series(&domains), told(&[("", 1), ("a", 1)]));
+    }
+
+    #[test]
+    fn hits_go_on_over_reloads_as_long_as_the_rule_is_there() {
+        let first = domains("a : 1 detailed\nb : 1\nc : 1 detailed");
+        for descriptor in ["a=1", "b=1", "c=1"] {
+            count(&first, descriptor);
+        }
+        first.domain("domain").unwrap().count_request_limit(entries("x=y"), HIT);
+        first.unknown_domains().fetch_add(1, Ordering::Relaxed);
+
+        let second = after(&first, "a : 2 detailed\nb : 1 detailed");
+        // One that is under way knows the former rules only.
+        count(&first, "a=2");
+        count(&second, "a=1");
+        count(&second, "b=2");
+        let all = [("a_1", 2), ("a_2", 1), ("b", 1), ("b_2", 1), ("x_y", 1)];
+        assert_eq!(series(&second), told(&all));
+        assert_eq!(second.unknown_domains().load(Ordering::Relaxed), 1);
+
+        drop(first);
+        assert_eq!(second.taken.load(Ordering::Relaxed), 4, "that of `c` is free again");
+        let third = after(&second, "a : 2");
+        drop(second);
+        assert_eq!(third.taken.load(Ordering::Relaxed), 1);
+        count(&third, "a=1");
+        assert_eq!(series(&third), told(&[("a", 1), ("x_y", 1)]));
+    }
+
+    #[test]
+    fn ten_thousand_rules_are_looked_up_as_ten_are() {
+        let probes = |count: u32| {
+            let (mut all, mut deep) = (Vec::new(), nodes("deep : nothing"));
+            for index in 0..count {
+                let v = format!("v{index:05}");
+                for level in [
+                    &*format!("value={v}"),
+                    &format!("key-{v}"),
+                    &format!("begins={v}*/x*"),
+                    &format!("ends=*{v}"),
+                    &format!("both={v}*end"),
+                ] {
+                    all.extend(nodes(&format!("{level} : 1")));
+                }
+                deep[0].nodes.extend(nodes(&format!("below={v} : 1")));
+            }
+            all.extend(deep);
+            let domains = of_nodes(&Domains::default(), all);
+            ["value=v00007", "key-v00007=", "begins=v00007/x/y", "ends=xv00007", "both=v00007end"]
+                .into_iter()
+                .chain(["deep=x > below=v00007", "begins=w", "ends=v00007w", "both=v99999end"])
+                .map(|descriptor| {
+                    PROBES.set(0);
+                    let _ = rule(&domains, descriptor);
+                    PROBES.get()
+                })
+                .collect::<Vec<_>>()
+        };
+        let of_ten = probes(10);
+        assert!(of_ten.iter().all(|probes| (2..=5).contains(probes)), "{of_ten:?}");
+        assert_eq!(probes(10_000), of_ten);
+    }
+
+    fn policy(name: &Path) -> Arc<Policy> {
+        Arc::new(Policy {
+            namespace: "envoy".into(),
+            name: name.as_str().into(),
+            rules: super::super::Rules { limiters: ArrayVec::new(), overflow: None },
+            overrides: Overrides::default(),
+            shadow: false,
+            reserves: Reserves::default(),
+            max_waiting: 0,
+            lease_time: Duration::ZERO,
+            cells: CellHasher::new(&[7; 16], "envoy", name.as_str()),
+            budget: Arc::new(Budget::new(0)),
+            decisions: Arc::new(Decisions::default()),
+            top_keys: Arc::new(TopKeys::new(0)),
+            names: Arc::new(Names::new(Arc::default())),
+        })
+    }
+
+    #[test]
+    fn a_rule_is_judged_by_its_own_policy_or_by_a_native_one() {
+        let native = NativePolicy::try_from("partner/quota".to_owned()).unwrap();
+        let policies = [("a|b=1".to_owned(), native)].into();
+        let own = DomainSettings { charge: Charge::AllOrNothing, policies, ..Default::default() };
+        let settings = EnvoyRatelimit {
+            domains: [("first".to_owned(), own)].into(),
+            quota_mode: true,
+            ..settings()
+        };
+        let script = "a > b=1 : 1\na > b : 2 shadow\nc : unlimited";
+        let of = |name: &str| (name.to_owned(), nodes(script));
+        let rules = Rules { domains: [of("first"), of("second")].into() };
+        let domains =
+            Domains::new(&settings, &rules, |path| Some(policy(path)), &Domains::default());
+
+        let judge = |domain, descriptor| {
+            let rule = domains.domain(domain).unwrap().rule(entries(descriptor)).unwrap();
+            match &rule.judge {
+                Judge::Nobody => "nobody".to_owned(),
+                Judge::Own(policy) => policy.name.to_string(),
+                Judge::Native(name) => format!("{}/{}", name.namespace, name.policy),
+            }
+        };
+        assert_eq!(judge("first", "a=x > b=1"), "partner/quota");
+        assert_eq!(judge("first", "a=x > b=2"), "first|a|b");
+        assert_eq!(judge("second", "a=x > b=1"), "second|a|b=1");
+        assert_eq!(judge("first", "c=x"), "nobody");
+
+        let charging = |domain| domains.domain(domain).unwrap().charging;
+        assert_eq!(charging("first"), Charging::AllOrNothing);
+        assert_eq!(charging("second"), Charging::Always);
+        for unit in Unit::ALL {
+            let name = format!("|per={}", unit.name());
+            assert_eq!(*domains.of_requests(unit).unwrap().name, *name);
+        }
+        let rule = domains.domain("first").unwrap().rule(entries("a=x > b=2")).unwrap();
+        assert!(rule.shadow_mode && rule.quota_mode);
     }
 }

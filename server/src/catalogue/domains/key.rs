@@ -4,7 +4,11 @@ use std::{fmt, ops::Deref};
 
 use arrayvec::ArrayString;
 
-use crate::{catalogue::CellHasher, digest::Digest, limits};
+use crate::{
+    catalogue::CellHasher,
+    digest::{Content, Digest},
+    limits,
+};
 
 /// Names the bucket of a rule, or of the policy that judges instead of it.
 ///
@@ -66,7 +70,7 @@ fn end_with_hash<'e>(
     cells: &CellHasher,
 ) {
     let CellHasher(content) = cells;
-    let Digest([high, low]) = values.fold(*content, |content, value| content.text(value)).digest();
+    let Digest([high, low]) = values.fold(*content, Content::text).digest();
     text.truncate(text.floor_char_boundary(limits::KEY_BYTES - HASH_BYTES));
     // There is room for it now.
     let _ = fmt::Write::write_fmt(text, format_args!("#{high:016x}{low:016x}"));

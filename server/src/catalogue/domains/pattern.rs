@@ -12,7 +12,7 @@ use hashbrown::{Equivalent, HashMap};
 pub(super) struct Patterns<T> {
     /// In the order of their first patterns.
     shapes: Vec<Shape>,
-    by_ends: HashMap<(Box<str>, Box<str>), Vec<Pattern<T>>>,
+    by_ends: HashMap<Ends<Box<str>>, Vec<Pattern<T>>>,
     count: usize,
 }
 
@@ -33,15 +33,15 @@ struct Pattern<T> {
     of: T,
 }
 
-/// The ends of a value.
-#[derive(Hash)]
-struct Ends<'v> {
-    prefix: &'v str,
-    suffix: &'v str,
+/// The texts before the first star and after the last one, or where they would be in a value.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Ends<S> {
+    prefix: S,
+    suffix: S,
 }
 
-impl Equivalent<(Box<str>, Box<str>)> for Ends<'_> {
-    fn equivalent(&self, (prefix, suffix): &(Box<str>, Box<str>)) -> bool {
+impl Equivalent<Ends<Box<str>>> for Ends<&str> {
+    fn equivalent(&self, Ends { prefix, suffix }: &Ends<Box<str>>) -> bool {
         *self.prefix == **prefix && *self.suffix == **suffix
     }
 }
@@ -62,7 +62,8 @@ impl<T> Patterns<T> {
         self.count += 1;
 
         let (prefix_bytes, suffix_bytes) = (prefix.len(), suffix.len());
-        let alike = self.by_ends.entry((prefix.into(), suffix.into())).or_default();
+        let ends = Ends { prefix: prefix.into(), suffix: suffix.into() };
+        let alike = self.by_ends.entry(ends).or_default();
         let is_like = |shape: &Shape| {
             (shape.prefix_bytes, shape.suffix_bytes) == (prefix_bytes, suffix_bytes)
         };
@@ -93,7 +94,7 @@ impl<T> Patterns<T> {
 
 impl Shape {
     /// The ends of a value, and what is between them; `None` if no pattern of this shape can match it.
-    fn cut<'v>(&self, value: &'v str) -> Option<(Ends<'v>, &'v str)> {
+    fn cut<'v>(&self, value: &'v str) -> Option<(Ends<&'v str>, &'v str)> {
         let (prefix, rest) = value.split_at_checked(self.prefix_bytes)?;
         let (rest, suffix) = rest.split_at_checked(rest.len().checked_sub(self.suffix_bytes)?)?;
         Some((Ends { prefix, suffix }, rest))
