@@ -228,7 +228,9 @@ impl Domain {
         };
         for rule in &self.rules {
             add(&rule.series_key, &rule.hits);
-            rule.series.iter().for_each(|series| series.visit(&mut add));
+            if let Some(series) = &rule.series {
+                series.visit(&mut add);
+            }
         }
         self.of_requests.series.visit(&mut add);
         if self.of_requests.others.is_counted() {
@@ -522,6 +524,7 @@ mod tests {
         key4 : 1 key4_rate_limit
         key5=value5 : 15
         key5=value5 > subkey5=subvalue5 : 25
+        key5=value5 > unlisted : nothing
         key6 : unlimited
         key7 : 70 detailed
     ";
@@ -548,6 +551,7 @@ mod tests {
             ("key5=value5", Some(15)),
             ("key5=value5 > subkey5=subvalue5", Some(25)),
             ("key5=value5 > subkey5=other", None),
+            ("key5=value5 > unlisted=foo", None),
             ("key6=foo", Some(u32::MAX)),
             ("key7=foo", Some(70)),
             ("KEY3=foo", None),

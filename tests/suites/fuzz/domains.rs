@@ -59,7 +59,7 @@ fn nodes(random: &mut Random, depth: usize) -> Vec<Node> {
 
 fn pattern(random: &mut Random) -> String {
     let (prefix, rest) =
-        (random.text(&LETTERS[..3], 2), random.text(&['a', 'b', '*', '*', 'é'], 3));
+        (random.text(&LETTERS[..3], 2), random.text(&['a', 'b', '*', '*', 'é'], 5));
     format!("{prefix}*{rest}")
 }
 

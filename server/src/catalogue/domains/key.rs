@@ -153,6 +153,7 @@ mod tests {
     fn a_cut_key_keeps_its_name_across_releases() {
         // Cells on disk are named by it.
         let cut = key(&[&"a".repeat(300)]);
+        assert_eq!(cut.len(), limits::KEY_BYTES);
         assert!(cut.ends_with("a#5e065e01ce299bc099e6a8f0d08a7e6e"), "{cut}");
     }
 }
