@@ -7,12 +7,19 @@ mod grants;
 mod lessees;
 mod line;
 mod priority;
+mod ratelimit;
 mod report;
 mod requests;
 pub mod top_keys;
 mod waiting;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use arrayvec::ArrayVec;
@@ -32,6 +39,7 @@ pub use self::{
     grants::{GrantId, GrantName, Grants, Told},
     line::{Attempt, Lines, Place, Stood},
     priority::Priority,
+    ratelimit::{CurrentLimit, Descriptor, RatelimitError, RatelimitRequest, Ratelimited, Status},
     report::{Renewed, Report, ReportError, Reported, Reports},
     requests::{Begun, InProgress, Joined, RequestKey, Requests, Share},
     waiting::Waiting,
@@ -39,6 +47,7 @@ pub use self::{
 use crate::{
     catalogue::{Catalogue, Namespace, Policy},
     clock::ServerClock,
+    counters::RuleLoads,
     entropy::Entropy,
     limits,
     reservation::Reservation,
@@ -227,6 +236,8 @@ pub struct App {
     clock: ServerClock,
     entropy: Arc<dyn Entropy>,
     reports: Reports,
+    rule_loads: RuleLoads,
+    passed_in_shadow: AtomicU64,
     desk: Desk,
 }
 
@@ -267,6 +278,10 @@ impl App {
             grants.restore(id, Grant { owner, client: client.into(), parts });
         }
         let desk = Desk::new(life.operations, life.boot, clock.time());
+        let rule_loads = RuleLoads::default();
+        if catalogue.ratelimit.is_some() {
+            rule_loads.succeeded();
+        }
         Self {
             catalogue: ArcSwap::from_pointee(catalogue),
             storage,
@@ -277,6 +292,8 @@ impl App {
             clock,
             entropy,
             reports: Reports::default(),
+            rule_loads,
+            passed_in_shadow: AtomicU64::new(0),
             desk,
         }
     }
@@ -299,6 +316,16 @@ impl App {
     /// What became of reports.
     pub fn reports(&self) -> &Reports {
         &self.reports
+    }
+
+    /// How often files of rules were loaded.
+    pub fn rule_loads(&self) -> &RuleLoads {
+        &self.rule_loads
+    }
+
+    /// Proxies' requests that passed although they were over a limit, since all do.
+    pub fn passed_in_shadow(&self) -> u64 {
+        self.passed_in_shadow.load(Ordering::Relaxed)
     }
 
     /// Keys that are remembered.
@@ -434,6 +461,12 @@ impl App {
         self.lessees.tend(now.time);
         self.tend_desk(now);
         Ok(())
+    }
+
+    /// Whether others wait for that key, before whom nobody of that priority goes who does not.
+    fn is_held_for(&self, policy: &Policy, key: &str, priority: Priority) -> bool {
+        let lines = &self.lines;
+        lines.standing() > 0 && lines.is_held_for(policy.cells.cell(key), priority)
     }
 
     /// Room for so many grants.
@@ -761,10 +794,8 @@ impl<'n> Asker<'_, 'n> {
 
     /// Whether others wait for that key who go first.
     fn is_held(&self, policy: &Policy, key: &str, priority: Priority) -> bool {
-        let lines = &self.app.lines;
         match self.stands {
-            Stands::NotAtAll if lines.standing() == 0 => false,
-            Stands::NotAtAll => lines.is_held_for(policy.cells.cell(key), priority),
+            Stands::NotAtAll => self.app.is_held_for(policy, key, priority),
             Stands::AtTheHead => false,
             Stands::Behind | Stands::Outside => true,
         }

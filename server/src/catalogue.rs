@@ -15,6 +15,7 @@ use hashbrown::HashMap;
 pub use self::{almanac::Almanac, budget::Budget, domains::Domains, names::Names};
 use crate::{
     app::{Priority, top_keys::TopKeys},
+    config::envoy::{self, EnvoyRatelimit, Path, Ruleset},
     counters::Decisions,
     digest::{Content, Digest},
     limits,
@@ -29,6 +30,17 @@ pub struct Catalogue {
     namespaces: HashMap<Box<str>, Namespace>,
     /// Also those that no policy has any more, while cells of theirs may live.
     numbered: HashMap<LimiterNumber, Arc<Limiter>>,
+    /// What Envoy's rate limit service knows, if it is served.
+    pub ratelimit: Option<Arc<Ratelimit>>,
+}
+
+/// What Envoy's rate limit service knows.
+#[derive(Debug)]
+pub struct Ratelimit {
+    /// How it answers.
+    pub settings: Arc<EnvoyRatelimit>,
+    /// The rules.
+    pub domains: Domains,
 }
 
 /// The policies of one tenant, by name.
@@ -142,29 +154,23 @@ impl Catalogue {
         catalogue
     }
 
-    /// The next snapshot, in which that policy stands instead of one of its name. Limiters that only that one
-    /// had stay known, for the cells that they count.
-    #[must_use]
-    pub fn with(&self, policy: Arc<Policy>) -> Self {
-        let mut next = Self { revision: self.revision + 1, ..self.clone() };
-        next.insert(policy);
-        next
+    /// The next snapshot, which is the same so far.
+    fn next(&self) -> Self {
+        Self { revision: self.revision + 1, ..self.clone() }
     }
 
-    /// The next snapshot, in which there is no policy of that name. Its limiters stay known, for the cells that
-    /// they count.
-    #[must_use]
-    pub fn without(&self, name: &PolicyName) -> Self {
-        let mut next = Self { revision: self.revision + 1, ..self.clone() };
-        if let Some(namespace) = next.namespaces.get_mut(&*name.namespace) {
+    /// There is no policy of that name any more. Its limiters stay known, for the cells that they count.
+    fn remove(&mut self, name: &PolicyName) {
+        if let Some(namespace) = self.namespaces.get_mut(&*name.namespace) {
             namespace.policies.remove(&*name.policy);
             if namespace.policies.is_empty() {
-                next.namespaces.remove(&*name.namespace);
+                self.namespaces.remove(&*name.namespace);
             }
         }
-        next
     }
 
+    /// That policy stands instead of one of its name. Limiters that only that one had stay known, for the cells
+    /// that they count.
     fn insert(&mut self, policy: Arc<Policy>) {
         for limiter in policy.limiters() {
             self.numbered.insert(limiter.number, Arc::clone(limiter));
@@ -205,7 +211,25 @@ impl Catalogue {
     }
 }
 
+impl Ratelimit {
+    /// Rules whose policies are in a catalogue, and which go on counting what its own rules did.
+    fn new(Ruleset { settings, rules, .. }: &Ruleset, catalogue: &Catalogue) -> Self {
+        let policy_of = |path: &Path| {
+            catalogue.policy(&PolicyName::new(envoy::NAMESPACE, path.as_str())).map(Arc::clone)
+        };
+        let none = Domains::default();
+        let former = catalogue.ratelimit.as_ref().map_or(&none, |former| &former.domains);
+        let domains = Domains::new(settings, rules, policy_of, former);
+        Self { settings: Arc::clone(settings), domains }
+    }
+}
+
 impl Policy {
+    /// Whether it is a rule of Envoy's rate limit service. There may be many, and few are ever met.
+    pub fn is_rule(&self) -> bool {
+        self.name.contains('|')
+    }
+
     /// What judges that key.
     pub fn rules_of(&self, key: &str) -> &Rules {
         if self.overrides.is_empty() {

@@ -49,6 +49,31 @@ fn index_of(admission: Admission) -> usize {
     }
 }
 
+/// How often files of rules were loaded.
+#[derive(Debug, Default)]
+pub struct RuleLoads {
+    succeeded: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl RuleLoads {
+    /// They are in force.
+    pub fn succeeded(&self) {
+        self.succeeded.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Something is wrong with them.
+    pub fn failed(&self) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// By what became of it.
+    pub fn counts(&self) -> [(&'static str, u64); 2] {
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        [("ok", count(&self.succeeded)), ("error", count(&self.failed))]
+    }
+}
+
 /// Decisions of one policy.
 #[derive(Debug, Default)]
 pub struct Decisions {

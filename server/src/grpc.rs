@@ -5,6 +5,7 @@ pub mod calls;
 mod delivery;
 mod once;
 mod parse;
+pub mod ratelimit;
 mod respond;
 mod status;
 

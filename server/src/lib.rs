@@ -21,5 +21,6 @@ pub mod limits;
 pub mod metrics;
 mod ops;
 mod reservation;
+pub mod rule_files;
 pub mod run;
 pub mod storage;

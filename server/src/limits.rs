@@ -375,3 +375,9 @@ pub const HITS_KEY_BYTES: usize = 256;
 
 /// Shards of the series that one rule has for what callers send: many calls at once rarely want the same lock.
 pub const HITS_SHARDS: usize = 16;
+
+/// Time that files of rules have to settle once one of them changes.
+pub const RULES_SETTLE: Duration = Duration::from_millis(250);
+
+/// Pause between two looks at the files of rules, where nothing tells of a change.
+pub const RULES_LOOKED_AT: Duration = Duration::from_secs(30);

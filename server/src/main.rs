@@ -14,10 +14,7 @@ use fusebox_server::{
     clock::SystemClock,
     config::{
         Config, Engine, Storage,
-        envoy::{
-            EnvoyRatelimit, Rules,
-            files::{self, Loaded},
-        },
+        envoy::{self, EnvoyRatelimit, Rules, Ruleset},
     },
     entropy::SystemEntropy,
     limits,
@@ -64,24 +61,29 @@ fn check(file: &Path) -> ExitCode {
         note_to_people(&note.to_string());
     }
     match &config.envoy_ratelimit {
-        Some(settings) => match files::read(settings) {
-            Ok(Loaded { rules, notes }) => {
+        Some(settings) => match read_rules(settings) {
+            Ok(Ruleset { rules, notes, .. }) => {
                 notes.iter().for_each(|note| note_to_people(note));
                 note_to_people(&found(&rules, settings));
                 if config.namespaces.is_empty() && rules.domains.is_empty() {
                     note_to_people(NOTHING_SERVED);
                 }
             }
-            Err(error) => {
-                error.mistakes.iter().for_each(|mistake| _ = fail(MISUSE, mistake));
-                return ExitCode::from(MISUSE);
-            }
+            Err(code) => return code,
         },
         None if config.namespaces.is_empty() => note_to_people(NOTHING_SERVED),
         None => {}
     }
     print(&config.to_string());
     ExitCode::SUCCESS
+}
+
+/// The rules of Envoy's rate limit service; each mistake in them is told.
+fn read_rules(settings: &EnvoyRatelimit) -> Result<Ruleset, ExitCode> {
+    envoy::read(Arc::new(settings.clone())).map_err(|error| {
+        error.mistakes.iter().for_each(|mistake| _ = fail(MISUSE, mistake));
+        ExitCode::from(MISUSE)
+    })
 }
 
 fn found(rules: &Rules, settings: &EnvoyRatelimit) -> String {
@@ -105,16 +107,20 @@ fn start(options: &Serve) -> ExitCode {
         Ok(config) => config,
         Err(error) => return fail(MISUSE, &error.to_string()),
     };
+    let rules = match config.envoy_ratelimit.as_ref().map(read_rules).transpose() {
+        Ok(rules) => rules,
+        Err(code) => return code,
+    };
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return fail(FAILURE, &format!("cannot start threads: {error}")),
     };
-    let ended = runtime.block_on(serve(options, config));
+    let ended = runtime.block_on(serve(options, config, rules));
     runtime.shutdown_timeout(limits::EXIT);
     ended.err().unwrap_or(ExitCode::SUCCESS)
 }
 
-async fn serve(options: &Serve, config: Config) -> Result<(), ExitCode> {
+async fn serve(options: &Serve, config: Config, rules: Option<Ruleset>) -> Result<(), ExitCode> {
     let listeners = Listeners {
         grpc: bind("listen", config.listen).await?,
         ops: bind("ops_listen", config.ops_listen).await?,
@@ -131,6 +137,7 @@ async fn serve(options: &Serve, config: Config) -> Result<(), ExitCode> {
     );
     let parts = Parts {
         namespaces: config.namespaces,
+        rules,
         durability: config.storage.durability,
         accept_loss: options.accept_loss(),
         drain_timeout: config.drain_timeout,

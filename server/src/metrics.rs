@@ -4,7 +4,10 @@
 //! durations is a Prometheus one in the same registry, because every record of the meter's own takes a lock.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -21,7 +24,7 @@ use tonic::Code;
 
 use crate::{
     app::App,
-    catalogue::{Budget, Policy},
+    catalogue::{Budget, Policy, domains::Hits},
     counters::{Connections, DECISION_LABELS, Disk},
     lifecycle::Lifecycle,
     limits,
@@ -59,12 +62,17 @@ impl Metrics {
             .with_reader(exporter)
             .with_resource(Resource::builder().with_service_name("fusebox").build())
             .with_view(|instrument: &Instrument| {
-                let series = limits::POLICIES * DECISION_LABELS.len();
+                let series = (limits::POLICIES + limits::RULES) * DECISION_LABELS.len();
                 let per_policy = [
                     "fusebox_decisions",
                     "fusebox_debt_dropped_tokens",
                     "fusebox_policy_cells",
                     "fusebox_policy_overflow_cells",
+                    "fusebox_ratelimit_hits",
+                    "fusebox_ratelimit_over_limit_hits",
+                    "fusebox_ratelimit_near_limit_hits",
+                    "fusebox_ratelimit_within_limit_hits",
+                    "fusebox_ratelimit_shadow_mode_hits",
                 ];
                 per_policy
                     .contains(&instrument.name())
@@ -130,6 +138,7 @@ fn observe(
     observe_reports(&meter, lifecycle);
     observe_app(&meter, lifecycle);
     observe_cells(&meter, lifecycle);
+    observe_rules(&meter, lifecycle);
     observe_disk(&meter, lifecycle);
     observe_connections(&meter, connections);
 }
@@ -155,7 +164,9 @@ fn observe_decisions(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
             for policy in app.catalogue().policies() {
                 let counts = policy.decisions.counts().into_iter().zip(DECISION_LABELS);
                 // What can happen anywhere is told from the start, all else once it has.
-                let told = counts.filter(|(count, (_, reason))| *count > 0 || reason.is_empty());
+                let is_rule = policy.is_rule();
+                let anywhere = |reason: &str| reason.is_empty() && !is_rule;
+                let told = counts.filter(|(count, (_, reason))| *count > 0 || anywhere(reason));
                 for (count, (decision, reason)) in told {
                     let [namespace, policy] = named(policy);
                     let decision = KeyValue::new("decision", decision);
@@ -172,7 +183,7 @@ fn observe_decisions(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
         .with_description("Tokens above `max_debt` that estimates cost and nobody was charged for")
         .with_callback(move |observer| {
             let Some(app) = state.app() else { return };
-            for policy in app.catalogue().policies() {
+            for policy in app.catalogue().policies().filter(|policy| !policy.is_rule()) {
                 observer.observe(policy.decisions.debt_dropped(), &named(policy));
             }
         })
@@ -273,11 +284,97 @@ fn observe_cells(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
             .with_callback(move |observer| {
                 let Some(app) = state.app() else { return };
                 for policy in app.catalogue().policies() {
-                    observer.observe(read(&policy.budget) as u64, &named(policy));
+                    let cells = read(&policy.budget) as u64;
+                    if cells > 0 || !policy.is_rule() {
+                        observer.observe(cells, &named(policy));
+                    }
                 }
             })
             .build();
     }
+}
+
+/// Hits of Envoy's requests, as envoyproxy/ratelimit counts them.
+fn observe_rules(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
+    type Read = fn(&Hits) -> &AtomicU64;
+    let counters: [(_, _, Read); 5] = [
+        ("fusebox_ratelimit_hits", "Hits that met a limit", |hits| &hits.total),
+        ("fusebox_ratelimit_over_limit_hits", "Of those, over the limit", |hits| &hits.over_limit),
+        (
+            "fusebox_ratelimit_near_limit_hits",
+            "Of those, within the limit and past four fifths of it",
+            |hits| &hits.near_limit,
+        ),
+        (
+            "fusebox_ratelimit_within_limit_hits",
+            "Of those, of descriptors that were not over the limit",
+            |hits| &hits.within_limit,
+        ),
+        (
+            "fusebox_ratelimit_shadow_mode_hits",
+            "Of those over the limit, where the rule only watches",
+            |hits| &hits.shadow_mode,
+        ),
+    ];
+    for (name, description, read) in counters {
+        let state = Arc::clone(lifecycle);
+        meter
+            .u64_observable_counter(name)
+            .with_description(description)
+            .with_callback(move |observer| {
+                let Some(app) = state.app() else { return };
+                let catalogue = app.catalogue();
+                let Some(ratelimit) = &catalogue.ratelimit else { return };
+                ratelimit.domains.visit_hits(|domain, key, hits| {
+                    if hits.total.load(Ordering::Relaxed) == 0 {
+                        return;
+                    }
+                    let domain = KeyValue::new("domain", domain.to_owned());
+                    let key = KeyValue::new("key", key.to_owned());
+                    observer.observe(read(hits).load(Ordering::Relaxed), &[domain, key]);
+                });
+            })
+            .build();
+    }
+
+    let state = Arc::clone(lifecycle);
+    meter
+        .u64_observable_counter("fusebox_ratelimit_unknown_domain")
+        .with_description("Requests of a domain that no file defines")
+        .with_callback(move |observer| {
+            let Some(app) = state.app() else { return };
+            if let Some(ratelimit) = &app.catalogue().ratelimit {
+                let unknown = ratelimit.domains.unknown_domains();
+                observer.observe(unknown.load(Ordering::Relaxed), &[]);
+            }
+        })
+        .build();
+
+    let state = Arc::clone(lifecycle);
+    meter
+        .u64_observable_counter("fusebox_ratelimit_passed_in_shadow")
+        .with_description("Requests over a limit that passed, because nothing is denied overall")
+        .with_callback(move |observer| {
+            let Some(app) = state.app() else { return };
+            if app.catalogue().ratelimit.is_some() {
+                observer.observe(app.passed_in_shadow(), &[]);
+            }
+        })
+        .build();
+
+    let state = Arc::clone(lifecycle);
+    meter
+        .u64_observable_counter("fusebox_ratelimit_config_loads")
+        .with_description("Times that the files of rules were loaded, or could not be")
+        .with_callback(move |observer| {
+            let Some(app) = state.app() else { return };
+            if app.catalogue().ratelimit.is_some() {
+                for (result, count) in app.rule_loads().counts() {
+                    observer.observe(count, &[KeyValue::new("result", result)]);
+                }
+            }
+        })
+        .build();
 }
 
 fn observe_disk(meter: &Meter, lifecycle: &Arc<Lifecycle>) {

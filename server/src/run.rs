@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use fusebox_proto::v1::{admin_server::AdminServer, resilience_server::ResilienceServer};
+use fusebox_proto::{
+    envoy::service::ratelimit::v3::rate_limit_service_server::RateLimitServiceServer,
+    v1::{admin_server::AdminServer, resilience_server::ResilienceServer},
+};
 use thiserror::Error;
 use tokio::{
     net::TcpListener,
@@ -30,13 +33,13 @@ use crate::{
     accept::{self, Port},
     app::{App, Life},
     clock::Clock,
-    config::{Durability, Namespaces},
+    config::{Durability, Namespaces, envoy::Ruleset},
     entropy::Entropy,
-    grpc::{Answers, Service, admin::Admin, calls::Calls},
+    grpc::{Answers, Service, admin::Admin, calls::Calls, ratelimit::Ratelimit},
     lifecycle::Lifecycle,
     limits,
     metrics::Metrics,
-    ops,
+    ops, rule_files,
     storage::{
         self, Left, OpenGrant, RecoveryError, Start, Writer,
         journal::{JournalError, OpenJournal},
@@ -47,6 +50,8 @@ use crate::{
 pub struct Parts {
     /// What it limits.
     pub namespaces: Namespaces,
+    /// What Envoy is limited by, if it is.
+    pub rules: Option<Ruleset>,
     /// How state is kept where a policy does not say.
     pub durability: Durability,
     /// Start although the journal has lost some of what was written.
@@ -105,7 +110,9 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     let answers = Arc::new(Answers::new(parts.entropy.bytes16()));
     let service = Service::new(Arc::clone(&lifecycle), Arc::clone(&answers));
     let routes = routes(health_service, Admin::new(Arc::clone(&lifecycle)))?;
-    let calls = Calls::new(service, routes, Arc::clone(&parts.clock), &metrics, grpc.stop.clone());
+    let ratelimit = Ratelimit::new(Arc::clone(&lifecycle));
+    let clock = Arc::clone(&parts.clock);
+    let calls = Calls::new(service, ratelimit, routes, clock, &metrics, grpc.stop.clone());
     grpc.open(parts.listeners.grpc, move |port, stream| {
         accept::serve_grpc(port, stream, calls.clone())
     });
@@ -114,12 +121,13 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
         accept::serve_http(port, stream, router.clone())
     });
 
-    let entropy = Arc::clone(&parts.entropy);
+    let (entropy, own_rules) = (Arc::clone(&parts.entropy), parts.rules.clone());
     let recovery = tokio::task::spawn_blocking(move || {
         storage::recover(Start {
             journal: parts.journal,
             accept_loss: parts.accept_loss,
             namespaces: &parts.namespaces,
+            rules: own_rules.as_ref(),
             durability: parts.durability,
             clock: parts.clock,
             entropy: &*entropy,
@@ -174,6 +182,10 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     lifecycle.recovered(Arc::clone(&app), disk);
     set_health(&health, ServingStatus::Serving).await;
 
+    let rules = parts
+        .rules
+        .map(|rules| tokio::spawn(rule_files::follow(Arc::clone(&app), rules, grpc.stop.clone())));
+
     let tended = Tended { app: &app, answers: &answers };
     tend_until(&parts.shutdown, tended, &writer, &lifecycle, &health).await;
 
@@ -181,6 +193,10 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     lifecycle.shut_down();
     set_health(&health, ServingStatus::NotServing).await;
     grpc.close(parts.drain_timeout).await;
+    if let Some(rules) = rules {
+        // It may be at a file that hangs.
+        rules.abort();
+    }
     // Nothing is settled while the open grants are written down.
     cells.stop();
     let flushed = writer.finish(app.grants().all()).await;
@@ -247,6 +263,8 @@ async fn set_health(health: &HealthReporter, status: ServingStatus) {
     health.set_service_status("", status).await;
     health.set_service_status(<ResilienceServer<Service> as NamedService>::NAME, status).await;
     health.set_service_status(<AdminServer<Admin> as NamedService>::NAME, status).await;
+    let ratelimit = <RateLimitServiceServer<Ratelimit> as NamedService>::NAME;
+    health.set_service_status(ratelimit, status).await;
 }
 
 #[allow(clippy::needless_pass_by_value)] // so that `map_err` takes it as it is
@@ -419,6 +437,7 @@ mod tests {
             journal,
             accept_loss: false,
             namespaces: &config.namespaces,
+            rules: None,
             durability: Durability::Strict,
             clock: Arc::new(SystemClock::default()),
             entropy: &SystemEntropy,

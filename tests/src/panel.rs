@@ -27,6 +27,7 @@ pub fn recover(
         journal,
         accept_loss: false,
         namespaces: &config.namespaces,
+        rules: None,
         durability: config.storage.durability,
         clock: Arc::clone(clock) as Arc<_>,
         entropy: &Counting::default(),

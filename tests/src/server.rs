@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use fusebox_client::Client;
 use fusebox_proto::v1::resilience_client::ResilienceClient;
 use fusebox_server::{
-    config::Config,
+    config::{Config, envoy},
     run::{self, Listeners, Parts, RunError},
     storage::journal::{Nothing, OpenJournal},
 };
@@ -104,6 +104,9 @@ impl Server {
         let shutdown = CancellationToken::new();
         let running = tokio::spawn(run::run(Parts {
             namespaces: config.namespaces,
+            rules: config.envoy_ratelimit.map(|settings| {
+                envoy::read(Arc::new(settings)).unwrap_or_else(|error| panic!("{error}"))
+            }),
             durability: config.storage.durability,
             accept_loss,
             drain_timeout: config.drain_timeout,

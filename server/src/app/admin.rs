@@ -28,7 +28,7 @@ use crate::{
         Catalogue, CellId, Policy, PolicyName,
         registry::{self, Configured, Registry, Source},
     },
-    config::{self, Difference, Durability, difference},
+    config::{self, Difference, Durability, difference, envoy::Ruleset},
     limits,
     storage::{Answer, Holds, Judge, Operations, StorageError, journal::Write},
 };
@@ -230,6 +230,12 @@ pub enum AdminError {
         namespace = .0.namespace, policy = .0.policy
     )]
     ManagedByFile(PolicyName),
+    /// As above.
+    #[error(
+        "policy `{0}` is a rule of Envoy's rate limit service: change it in its file, in the folder \
+         `envoy_ratelimit.config_dir`; it takes effect at once"
+    )]
+    ManagedByRules(PolicyName),
     /// Somebody was faster.
     #[error(
         "policy `{name}` has version {found}, not {expected} (0 is none): read it again, decide again"
@@ -301,7 +307,7 @@ impl App {
         };
         let live_cells = change.catalogue.policy(&name).map_or(0, |policy| policy.budget.live());
         let former = before.as_ref().map(|before| &*before.settings);
-        let after = change.after.clone();
+        let after = change.after.first().and_then(|(_, after)| after.clone());
         let differences = difference(former, after.as_ref().map(|after| &*after.settings));
         // All that a change of a change without effect would do is to count it.
         let same = before.as_ref().filter(|_| differences.is_empty()).cloned();
@@ -324,7 +330,7 @@ impl App {
             after: configured.settings.to_string(),
             ..about(principal, action, &name, reason)
         };
-        self.make(change, event, now).await?;
+        self.make(change, Some(event), now).await?;
         Ok(PolicyPut { configured, differences, live_cells })
     }
 
@@ -358,9 +364,29 @@ impl App {
                 before: configured.settings.to_string(),
                 ..about(principal, Action::PolicyDeleted, &name, reason)
             };
-            self.make(change, event, self.clock.now()).await?;
+            self.make(change, Some(event), self.clock.now()).await?;
         }
         Ok(PolicyDeleted { configured, live_cells, open_grants })
+    }
+
+    /// These rules of Envoy's rate limit service, and no others; how many are different. They are in force, and on
+    /// disk, when this returns.
+    ///
+    /// # Errors
+    /// If there are too many limiters, or they cannot be written.
+    pub async fn reload_rules(&self, rules: &Ruleset) -> Result<usize, AdminError> {
+        let _alone = self.desk.changing.lock().await;
+        let now = self.clock.now();
+        let (change, edits) = {
+            let registry = self.desk.registry.read();
+            let (change, edits) = registry.reload(&self.catalogue.load(), rules, now);
+            if registry.limiters_after(&change) > limits::LIMITERS {
+                return Err(AdminError::TooManyLimiters);
+            }
+            (change, edits)
+        };
+        self.make(change, events::Change::of_rules(&edits), now).await?;
+        Ok(edits.len())
     }
 
     /// A policy as it is configured.
@@ -636,12 +662,16 @@ impl App {
     async fn make(
         &self,
         mut change: registry::Change,
-        event: events::Change,
+        event: Option<events::Change>,
         now: Moment,
     ) -> Result<(), StorageError> {
         let slowed = std::mem::take(&mut change.slowed);
         let writes = std::mem::take(&mut change.writes);
-        self.note(writes, event, now)?.told().await?;
+        let noted = match event {
+            Some(event) => self.note(writes, event, now)?,
+            None => self.storage.note(writes)?,
+        };
+        noted.told().await?;
         let catalogue = self.desk.registry.write().make(change);
         self.catalogue.store(Arc::new(catalogue));
         self.lines.wake_all();
@@ -770,8 +800,10 @@ fn may_change(
     before: Option<&Configured>,
     expected: Option<u64>,
 ) -> Result<(), AdminError> {
-    if before.is_some_and(|before| before.source == Source::File) {
-        return Err(AdminError::ManagedByFile(name.clone()));
+    match before.map(|before| before.source) {
+        Some(Source::File) => return Err(AdminError::ManagedByFile(name.clone())),
+        Some(Source::Envoy) => return Err(AdminError::ManagedByRules(name.clone())),
+        Some(Source::Admin) | None => {}
     }
     let found = before.map_or(0, |before| before.version);
     match expected {
@@ -851,6 +883,7 @@ mod tests {
             journal: Nothing::open(),
             accept_loss: false,
             namespaces: &config.namespaces,
+            rules: None,
             durability: Durability::Strict,
             clock: Arc::clone(clock) as Arc<_>,
             entropy: &SystemEntropy,

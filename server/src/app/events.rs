@@ -7,12 +7,17 @@ use parking_lot::Mutex;
 use prost::Message;
 
 use crate::{
+    catalogue::registry::Edit,
+    config::envoy::NAMESPACE,
     limits,
     storage::journal::{Keyspace, Write},
 };
 
 /// Who changes what the configuration file says.
 pub const FILE: &str = "file";
+
+/// Who changes what the files of rules say.
+pub const RULE_FILES: &str = "rule files";
 
 /// What a text ends with that was cut.
 const CUT: &str = "…";
@@ -66,6 +71,8 @@ pub enum Action {
     BucketReset = 4,
     /// A grant was ended before its time.
     GrantReleased = 5,
+    /// Rules of Envoy's rate limit service were changed in their files.
+    RulesChanged = 6,
 }
 
 /// Which events are wanted.
@@ -165,12 +172,38 @@ impl Filter<'_> {
 }
 
 impl Change {
+    /// What was changed in files of rules, if anything: one event, however many rules.
+    pub fn of_rules(edits: &[Edit]) -> Option<Self> {
+        let mut counts = [0; 3];
+        let lines = edits.iter().map(|Edit { name, before, after, .. }| {
+            let (sign, count) = match (before, after) {
+                (None, _) => ('+', 0),
+                (Some(_), Some(_)) => ('~', 1),
+                (Some(_), None) => ('-', 2),
+            };
+            counts[count] += 1;
+            format!("{sign} {}", name.policy)
+        });
+        let after = lines.collect::<Vec<_>>().join("\n");
+        let [added, changed, removed] = counts;
+        (!edits.is_empty()).then(|| Self {
+            actor: RULE_FILES.to_owned(),
+            action: Action::RulesChanged,
+            namespace: NAMESPACE.to_owned(),
+            policy: String::new(),
+            key: String::new(),
+            reason: format!("{added} added, {changed} changed, {removed} removed"),
+            before: String::new(),
+            after,
+        })
+    }
+
     fn cut(self) -> Self {
         Self {
             actor: cut(self.actor, limits::EVENT_ACTOR_BYTES),
             action: self.action,
             namespace: cut(self.namespace, limits::NAME_BYTES),
-            policy: cut(self.policy, limits::NAME_BYTES),
+            policy: cut(self.policy, limits::RULE_PATH_BYTES),
             key: cut(self.key, limits::KEY_BYTES),
             reason: cut(self.reason, limits::REASON_BYTES),
             before: cut(self.before, limits::EVENT_VALUE_BYTES),
@@ -336,7 +369,7 @@ mod tests {
         let [last, ..] = &all(&first)[..] else { panic!("three") };
 
         let second = Events::new(3, 10);
-        assert_eq!(second.restore(written.clone()), []);
+        assert_eq!(second.restore(written.clone()), Vec::<u64>::new());
         let Appended { event, evicted } = second.append(Duration::ZERO, change("demo", "api"));
         assert!(event.number > last + 1, "also than one that was lost");
         assert_eq!(evicted, Some(written[2].number));
@@ -365,6 +398,7 @@ mod tests {
             Action::PolicyDeleted,
             Action::BucketReset,
             Action::GrantReleased,
+            Action::RulesChanged,
         ] {
             let event = events.append(AT, Change { action, ..change("demo", "api") }).event;
             let (key, value) = (event_key(event.number), EventRecord::of(&event).encode_to_vec());
@@ -378,7 +412,7 @@ mod tests {
     #[test]
     fn a_record_that_makes_no_sense_is_no_event() {
         let event = Events::new(1, 0).append(AT, change("demo", "api")).event;
-        for action in [0, 6, -1] {
+        for action in [0, 7, -1] {
             let record = EventRecord { action, ..EventRecord::of(&event) };
             assert_eq!(record.event(1), None, "{action}");
         }
@@ -420,7 +454,7 @@ mod tests {
         for (text, most) in [
             (actor, limits::EVENT_ACTOR_BYTES),
             (namespace, limits::NAME_BYTES),
-            (policy, limits::NAME_BYTES),
+            (policy, limits::RULE_PATH_BYTES),
             (key, limits::KEY_BYTES),
             (reason, limits::REASON_BYTES),
             (before, limits::EVENT_VALUE_BYTES),

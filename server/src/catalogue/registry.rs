@@ -13,11 +13,14 @@ use prost::Message;
 
 use super::{
     Almanac, Budget, Catalogue, CellHasher, Limiter, LimiterNumber, Names, Overrides, Policy,
-    PolicyName, Rules,
+    PolicyName, Ratelimit, Rules,
 };
 use crate::{
     app::top_keys::TopKeys,
-    config::{self, Durability, Keys, LimitSettings, Namespaces},
+    config::{
+        self, Durability, Keys, LimitSettings, Namespaces,
+        envoy::{self, RulePolicy, Ruleset},
+    },
     limits,
     storage::{
         Keeping,
@@ -69,9 +72,11 @@ pub enum Source {
     File,
     /// The Admin service.
     Admin,
+    /// A file of Envoy's rate limit service.
+    Envoy,
 }
 
-/// A change of one policy that is not made yet.
+/// A change of policies that is not made yet.
 #[derive(Debug)]
 pub struct Change {
     /// The policies in force once it is made.
@@ -80,18 +85,19 @@ pub struct Change {
     pub writes: Vec<Write>,
     /// Limiters whose cells are kept on disk from then on, and were not before.
     pub slowed: HashSet<LimiterNumber>,
-    /// The policy after it; `None` if it ends.
-    pub after: Option<Configured>,
-    name: PolicyName,
+    /// The policies that change, as they are after it; `None` if one ends.
+    pub after: Vec<(PolicyName, Option<Configured>)>,
     limiters: Limiters,
     directory: Directory,
 }
 
-/// What a start found changed in the configuration file.
+/// What somebody wrote differently in a file.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Edit {
     /// The policy.
     pub name: PolicyName,
+    /// Which file.
+    pub source: Source,
     /// What it was; `None` if it is new.
     pub before: Option<Arc<config::Policy>>,
     /// What it is; `None` if it is there no more.
@@ -169,57 +175,55 @@ impl Registry {
         registry
     }
 
-    /// Takes up the policies of a file, and those that the data directory has of an earlier life. What is to be
-    /// written for that, and what the file says differently now.
+    /// Takes up the policies of files, and those that the data directory has of an earlier life. What is to be
+    /// written for that, and what the files say differently now.
     ///
     /// # Errors
-    /// If the file does not fit what was made without it.
+    /// If the configuration file does not fit what was made without it.
     pub(crate) fn open(
         &mut self,
         namespaces: &Namespaces,
+        rules: &[RulePolicy],
         mut stored: BTreeMap<PolicyName, Configured>,
         now: Moment,
     ) -> Result<(Vec<Write>, Vec<Edit>), Misfit> {
         let mut edits = Vec::new();
-        let at = Duration::from_nanos(now.wall.as_nanos());
-        for (namespace, configured) in namespaces {
-            for (name, settings) in &configured.policies {
+        let of_namespaces = namespaces.iter().flat_map(|(namespace, configured)| {
+            configured.policies.iter().map(move |(name, settings)| {
                 let name = PolicyName::new(namespace.as_str(), name.as_str());
-                let before = stored.remove(&name);
-                if let Some(Configured { source: Source::Admin, version, .. }) = before {
-                    return Err(Misfit::MadeToo { name, version });
-                }
-                let configured = match before {
-                    Some(before) if *before.settings == *settings => before,
-                    before => {
-                        let settings = Arc::new(settings.clone());
-                        let created = before.as_ref().map_or(at, |before| before.created);
-                        edits.push(Edit {
-                            name: name.clone(),
-                            before: before.map(|before| before.settings),
-                            after: Some(Arc::clone(&settings)),
-                        });
-                        let version = self.directory.next_version;
-                        self.directory.next_version += 1;
-                        let source = Source::File;
-                        Configured { settings, source, version, created, updated: at }
-                    }
-                };
-                self.policies.insert(name, configured);
+                (name, settings, Source::File)
+            })
+        });
+        for (name, settings, source) in of_namespaces.chain(rules.iter().map(of_rule)) {
+            let before = stored.remove(&name);
+            if let Some(Configured { source: Source::Admin, version, .. }) = before {
+                return Err(Misfit::MadeToo { name, version });
             }
+            let configured = match before {
+                Some(before) if before.says(settings, source) => before,
+                before => {
+                    let settings = Arc::new(settings.clone());
+                    let directory = &mut self.directory;
+                    let next = Configured::next(before.as_ref(), settings, source, directory, now);
+                    edits.push(Edit::of(&name, before.as_ref(), Some(&next)));
+                    next
+                }
+            };
+            self.policies.insert(name, configured);
         }
         let mut writes = Vec::new();
         for (name, configured) in stored {
             match configured.source {
                 Source::Admin => drop(self.policies.insert(name, configured)),
-                Source::File => {
+                Source::File | Source::Envoy => {
                     writes.push(deleted(&name));
-                    edits.push(Edit { name, before: Some(configured.settings), after: None });
+                    edits.push(Edit::of(&name, Some(&configured), None));
                 }
             }
         }
-        if self.policies.len() > limits::POLICIES {
-            return Err(Misfit::TooMany { count: self.policies.len() });
+        let count = self.count();
+        if count > limits::POLICIES {
+            return Err(Misfit::TooMany { count });
         }
         for (name, configured) in &self.policies {
             let settings = &configured.settings;
@@ -235,7 +239,7 @@ impl Registry {
     }
 
     /// All of it, ready to be asked.
-    pub(crate) fn catalogue(&mut self) -> Catalogue {
+    pub(crate) fn catalogue(&mut self, rules: Option<&Ruleset>) -> Catalogue {
         for id in self.limiters.keys() {
             self.budgets.entry(id.policy_name()).or_default();
         }
@@ -254,7 +258,9 @@ impl Registry {
             let budget = self.budgets.get(&name).cloned().unwrap_or_default();
             Arc::new(limiter(&name, known, None, &budget, self.keeps))
         });
-        Catalogue::new(1, policies, retired)
+        let mut catalogue = Catalogue::new(1, policies, retired);
+        catalogue.ratelimit = rules.map(|rules| Arc::new(Ratelimit::new(rules, &catalogue)));
+        catalogue
     }
 
     /// A policy as it is configured.
@@ -272,9 +278,10 @@ impl Registry {
         self.policies.range((start, Bound::Unbounded))
     }
 
-    /// How many policies there are.
+    /// How many policies there are, without those that are rules of Envoy's.
     pub fn count(&self) -> usize {
-        self.policies.len()
+        let all = self.policies.values();
+        all.filter(|configured| configured.source != Source::Envoy).count()
     }
 
     /// How many limiters there are once a change is made.
@@ -307,43 +314,51 @@ impl Registry {
         settings: config::Policy,
         now: Moment,
     ) -> Change {
-        let at = Duration::from_nanos(now.wall.as_nanos());
-        let mut directory = self.directory.clone();
-        let configured = Configured {
-            settings: Arc::new(settings),
-            source: Source::Admin,
-            version: directory.next_version,
-            created: self.policies.get(name).map_or(at, |before| before.created),
-            updated: at,
-        };
-        directory.next_version += 1;
-        let known = |id: &LimiterId| self.limiters.get(id).cloned();
-        let next = &mut directory.next_limiter;
-        let settings = &configured.settings;
-        let limiters = limiters_of(name, settings, self.durability, known, next, now);
-
-        let slowed = limiters.values().filter(|known| self.keeps && known.is_turning_slow);
-        let slowed = slowed.map(|known| known.number).collect();
-        let mut writes = vec![
-            Write::put(Keyspace::Meta, DIRECTORY, directory.encode_to_vec()),
-            written(name, &configured),
-        ];
-        writes.extend(limiters.iter().map(|(id, known)| known.written(id)));
-        let former = catalogue.policy(name).map(|policy| &**policy);
-        let policy = named_policy(self, name, settings, &mut limiters.clone(), former);
-        let catalogue = catalogue.with(Arc::new(policy));
-        let (name, after) = (name.clone(), Some(configured));
-        Change { catalogue, writes, slowed, after, name, limiters, directory }
+        let mut change = self.no_change(catalogue);
+        change.put(self, name, Arc::new(settings), Source::Admin, now);
+        change.finish()
     }
 
     /// That policy no more. Its limiters stay, for the cells that they count.
     pub fn delete(&self, catalogue: &Catalogue, name: &PolicyName) -> Change {
+        let mut change = self.no_change(catalogue);
+        change.delete(name);
+        change.finish()
+    }
+
+    /// These rules of Envoy's rate limit service, and no others; what is different. Rules that are there already
+    /// go on with what they had counted.
+    pub fn reload(
+        &self,
+        catalogue: &Catalogue,
+        rules: &Ruleset,
+        now: Moment,
+    ) -> (Change, Vec<Edit>) {
+        let (mut change, mut edits) = (self.no_change(catalogue), Vec::new());
+        let of_rules = self.policies.iter().filter(|(_, known)| known.source == Source::Envoy);
+        let mut gone: BTreeMap<_, _> = of_rules.collect();
+        for (name, settings, source) in rules.policies().iter().map(of_rule) {
+            let before = gone.remove(&name);
+            if !before.is_some_and(|before| before.says(settings, source)) {
+                let next = change.put(self, &name, Arc::new(settings.clone()), source, now);
+                edits.push(Edit::of(&name, before, Some(next)));
+            }
+        }
+        for (name, before) in gone {
+            change.delete(name);
+            edits.push(Edit::of(name, Some(before), None));
+        }
+        let ratelimit = Ratelimit::new(rules, &change.catalogue);
+        change.catalogue.ratelimit = Some(Arc::new(ratelimit));
+        (change.finish(), edits)
+    }
+
+    fn no_change(&self, catalogue: &Catalogue) -> Change {
         Change {
-            catalogue: catalogue.without(name),
-            writes: vec![deleted(name)],
+            catalogue: catalogue.next(),
+            writes: Vec::new(),
             slowed: HashSet::new(),
-            after: None,
-            name: name.clone(),
+            after: Vec::new(),
             limiters: Limiters::new(),
             directory: self.directory.clone(),
         }
@@ -351,18 +366,20 @@ impl Registry {
 
     /// Makes a change that is on disk; the policies in force from here on.
     pub fn make(&mut self, change: Change) -> Catalogue {
-        let Change { catalogue, name, after, limiters, directory, .. } = change;
-        if let Some(policy) = catalogue.policy(&name) {
-            self.budgets.insert(name.clone(), Arc::clone(&policy.budget));
-        }
-        match after {
-            Some(configured) => {
-                if let Some(budget) = self.budgets.get(&name) {
-                    budget.set_most(configured.settings.max_cells);
-                }
-                self.policies.insert(name, configured);
+        let Change { catalogue, after, limiters, directory, .. } = change;
+        for (name, after) in after {
+            if let Some(policy) = catalogue.policy(&name) {
+                self.budgets.insert(name.clone(), Arc::clone(&policy.budget));
             }
-            None => drop(self.policies.remove(&name)),
+            match after {
+                Some(configured) => {
+                    if let Some(budget) = self.budgets.get(&name) {
+                        budget.set_most(configured.settings.max_cells);
+                    }
+                    self.policies.insert(name, configured);
+                }
+                None => drop(self.policies.remove(&name)),
+            }
         }
         self.limiters.extend(limiters);
         self.directory = directory;
@@ -406,24 +423,108 @@ impl Registry {
     }
 }
 
+impl Change {
+    /// A policy of that name and these settings; how it is configured then.
+    fn put(
+        &mut self,
+        registry: &Registry,
+        name: &PolicyName,
+        settings: Arc<config::Policy>,
+        source: Source,
+        now: Moment,
+    ) -> &Configured {
+        let before = registry.policies.get(name);
+        let configured = Configured::next(before, settings, source, &mut self.directory, now);
+        let known = |id: &LimiterId| registry.limiters.get(id).cloned();
+        let (settings, next) = (&configured.settings, &mut self.directory.next_limiter);
+        let mut limiters = limiters_of(name, settings, registry.durability, known, next, now);
+        let slowed = limiters.values().filter(|known| registry.keeps && known.is_turning_slow);
+        self.slowed.extend(slowed.map(|known| known.number));
+        self.writes.push(written(name, &configured));
+        self.writes.extend(limiters.iter().map(|(id, known)| known.written(id)));
+        self.limiters.extend(limiters.iter().map(|(id, known)| (id.clone(), known.clone())));
+        let former = self.catalogue.policy(name).map(|policy| &**policy);
+        let policy = named_policy(registry, name, settings, &mut limiters, former);
+        self.catalogue.insert(Arc::new(policy));
+        self.after.push((name.clone(), None));
+        // Just pushed.
+        let last = self.after.len() - 1;
+        self.after[last].1.insert(configured)
+    }
+
+    /// That policy no more.
+    fn delete(&mut self, name: &PolicyName) {
+        self.catalogue.remove(name);
+        self.writes.push(deleted(name));
+        self.after.push((name.clone(), None));
+    }
+
+    fn finish(mut self) -> Self {
+        self.writes.push(Write::put(Keyspace::Meta, DIRECTORY, self.directory.encode_to_vec()));
+        self
+    }
+}
+
+impl Edit {
+    fn of(name: &PolicyName, before: Option<&Configured>, after: Option<&Configured>) -> Self {
+        let settings = |configured: &Configured| Arc::clone(&configured.settings);
+        let source = after.or(before).map_or(Source::File, |configured| configured.source);
+        Self {
+            name: name.clone(),
+            source,
+            before: before.map(settings),
+            after: after.map(settings),
+        }
+    }
+}
+
+/// The policy that a rule is.
+fn of_rule(rule: &RulePolicy) -> (PolicyName, &config::Policy, Source) {
+    (PolicyName::new(envoy::NAMESPACE, rule.path.as_str()), &rule.policy, Source::Envoy)
+}
+
 impl PolicyName {
     /// A policy of a namespace.
     pub fn new(namespace: &str, policy: &str) -> Self {
         Self { namespace: namespace.into(), policy: policy.into() }
     }
 
-    /// Names have no dots, so it is unambiguous.
+    /// Namespaces have no dots, so it is unambiguous.
     fn to_key(&self) -> Vec<u8> {
         format!("{}.{}", self.namespace, self.policy).into_bytes()
     }
 }
 
 impl Configured {
+    /// Whether that is what it says already.
+    fn says(&self, settings: &config::Policy, source: Source) -> bool {
+        self.source == source && *self.settings == *settings
+    }
+
+    /// The next version of a policy, or its first.
+    fn next(
+        before: Option<&Self>,
+        settings: Arc<config::Policy>,
+        source: Source,
+        directory: &mut Directory,
+        now: Moment,
+    ) -> Self {
+        let updated = Duration::from_nanos(now.wall.as_nanos());
+        let created = before.map_or(updated, |before| before.created);
+        let version = directory.next_version;
+        directory.next_version += 1;
+        Self { settings, source, version, created, updated }
+    }
+
     /// What was written of a policy; `None` if the record makes no sense.
     pub(crate) fn of(record: &PolicyRecord) -> Option<(PolicyName, Self)> {
         let configured = Self {
             settings: Arc::new(record.settings.parse().ok()?),
-            source: if record.made { Source::Admin } else { Source::File },
+            source: match (record.made, record.rule) {
+                (true, _) => Source::Admin,
+                (false, true) => Source::Envoy,
+                (false, false) => Source::File,
+            },
             version: record.version,
             created: Duration::from_nanos(record.created_nanos),
             updated: Duration::from_nanos(record.updated_nanos),
@@ -441,6 +542,7 @@ fn written(name: &PolicyName, configured: &Configured) -> Write {
         created_nanos: saturating_nanos(configured.created),
         updated_nanos: saturating_nanos(configured.updated),
         made: configured.source == Source::Admin,
+        rule: configured.source == Source::Envoy,
     };
     Write::put(Keyspace::Made, name.to_key(), record.encode_to_vec())
 }
@@ -450,15 +552,17 @@ fn deleted(name: &PolicyName) -> Write {
 }
 
 impl LimiterId {
-    /// Names have no dots, and only keys have what ends them, so this one is unambiguous.
+    /// Names have no dots, and only keys have what ends them, so this one is unambiguous. Paths of rules have
+    /// bars, and may have dots: they follow a bar.
     pub(crate) fn to_key(&self) -> Vec<u8> {
         let Self { namespace, policy, keys, index } = self;
+        let end = if policy.contains('|') { '|' } else { '.' };
         let rest = if (keys.as_str(), *index) == ("", 0) {
             String::new()
         } else {
             format!(".{index}.{keys}")
         };
-        format!("{namespace}.{policy}{rest}").into_bytes()
+        format!("{namespace}{end}{policy}{rest}").into_bytes()
     }
 
     fn of(name: &PolicyName, keys: Option<&Keys>, index: usize) -> Self {

@@ -5,12 +5,13 @@
 
 pub mod files;
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use fusebox_core::{Limit, SlidingWindow, TokenBucket, WindowLimit};
 use http::HeaderName;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
+pub use self::files::RulesError;
 use super::{Durability, LimitSettings, Name, Policy};
 
 /// The namespace of the policies that rules are.
@@ -218,6 +219,34 @@ pub enum Metadata {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Path(String);
 
+/// Rules as they were read, and what our own file says of them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ruleset {
+    /// What our own file says.
+    pub settings: Arc<EnvoyRatelimit>,
+    /// What the others say.
+    pub rules: Rules,
+    /// What is probably not meant, though it is no mistake.
+    pub notes: Vec<String>,
+}
+
+/// The rules as their files say now.
+///
+/// # Errors
+/// If a file cannot be read, or is wrong; all that are wrong are told.
+pub fn read(settings: Arc<EnvoyRatelimit>) -> Result<Ruleset, RulesError> {
+    let files::Loaded { rules, notes } = files::read(&settings)?;
+    Ok(Ruleset { settings, rules, notes })
+}
+
+impl Ruleset {
+    /// The policies that the rules are; first those that judge by limits which requests carry.
+    #[must_use]
+    pub fn policies(&self) -> Vec<RulePolicy> {
+        self.settings.policies(&self.rules)
+    }
+}
+
 /// A policy that rules need, and where it comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RulePolicy {
@@ -228,8 +257,7 @@ pub struct RulePolicy {
 }
 
 impl EnvoyRatelimit {
-    /// The policies that these rules are; first those that judge by limits which requests carry.
-    pub fn policies(&self, rules: &Rules) -> Vec<RulePolicy> {
+    fn policies(&self, rules: &Rules) -> Vec<RulePolicy> {
         let mut policies = Vec::new();
         for unit in Unit::ALL {
             let most = Amount::Requests { per_unit: u32::MAX, unit };
@@ -410,6 +438,12 @@ impl Unit {
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|unit| unit.name().eq_ignore_ascii_case(name))
+    }
+
+    /// The unit that is so long.
+    #[must_use]
+    pub fn of(per: Duration) -> Option<Self> {
+        Self::ALL.into_iter().find(|unit| unit.per() == per)
     }
 
     /// Its name, in lower case.

@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use fusebox_proto::v1::resilience_server::ResilienceServer;
+use fusebox_proto::{
+    envoy::service::ratelimit::v3::rate_limit_service_server::RateLimitServiceServer,
+    v1::resilience_server::ResilienceServer,
+};
 use http::{HeaderMap, Request, Response};
 use http_body::Frame;
 use hyper::body::{Bytes, Incoming};
@@ -19,7 +22,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status, body::Body, server::NamedService, service::Routes};
 use tower::{BoxError, ServiceExt, util::Either};
 
-use super::{Service, delivery::Delivery, status};
+use super::{Service, delivery::Delivery, ratelimit::Ratelimit, status};
 use crate::{
     clock::Clock,
     limits,
@@ -31,6 +34,8 @@ const GRPC_TIMEOUT: &str = "grpc-timeout";
 
 const RESILIENCE: &str = <ResilienceServer<Service> as NamedService>::NAME;
 
+const RATELIMIT: &str = <RateLimitServiceServer<Ratelimit> as NamedService>::NAME;
+
 /// A method, and whether its answer is a stream, which may have no end of its own.
 struct Method {
     name: &'static str,
@@ -38,8 +43,9 @@ struct Method {
 }
 
 /// Every method served, the hot one first.
-const METHODS: [Method; 20] = [
+const METHODS: [Method; 21] = [
     Method { name: "fusebox.v1.Resilience/Acquire", streams: false },
+    Method { name: "envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit", streams: false },
     Method { name: "fusebox.v1.Resilience/AcquireBatch", streams: false },
     Method { name: "fusebox.v1.Resilience/Report", streams: false },
     Method { name: "fusebox.v1.Admin/PutPolicy", streams: false },
@@ -65,8 +71,9 @@ const METHODS: [Method; 20] = [
 /// Every gRPC service behind what all calls have in common.
 #[derive(Clone)]
 pub struct Calls {
-    /// The service that nearly all calls are for: asked directly, without a router's copies and boxes.
+    /// The services that nearly all calls are for: asked directly, without a router's copies and boxes.
     resilience: ResilienceServer<Service>,
+    ratelimit: RateLimitServiceServer<Ratelimit>,
     /// All others, and whatever nothing serves.
     routes: Routes,
     clock: Arc<dyn Clock>,
@@ -77,9 +84,10 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// Serves `service` and `routes`; endless streams end when `draining` is cancelled.
+    /// Serves `service`, `ratelimit` and `routes`; endless streams end when `draining` is cancelled.
     pub fn new(
         service: Service,
+        ratelimit: Ratelimit,
         routes: Routes,
         clock: Arc<dyn Clock>,
         metrics: &Metrics,
@@ -88,7 +96,9 @@ impl Calls {
         let methods = METHODS.iter().map(|method| metrics.method(method.name)).collect();
         let resilience = ResilienceServer::new(service);
         let resilience = resilience.max_decoding_message_size(limits::MESSAGE_BYTES);
-        Self { resilience, routes, clock, methods, received: Arc::default(), draining }
+        let ratelimit = RateLimitServiceServer::new(ratelimit);
+        let ratelimit = ratelimit.max_decoding_message_size(limits::RATELIMIT_BYTES);
+        Self { resilience, ratelimit, routes, clock, methods, received: Arc::default(), draining }
     }
 }
 
@@ -110,11 +120,16 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
             code: Code::Cancelled,
             delivery: None,
         };
-        let service = if is_resilience(request.uri().path()) {
-            Either::Left(self.resilience.clone())
+        let path = request.uri().path();
+        let is_ratelimit = is_of(RATELIMIT, path);
+        let service = if is_of(RESILIENCE, path) {
+            Either::Left(Either::Left(self.resilience.clone()))
+        } else if is_ratelimit {
+            Either::Left(Either::Right(self.ratelimit.clone()))
         } else {
             Either::Right(self.routes.clone())
         };
+        let most = if is_ratelimit { limits::RATELIMIT_BYTES } else { limits::MESSAGE_BYTES };
         let bytes = Reservation::nothing(&self.received);
         let draining = streams.then(|| Box::pin(self.draining.clone().cancelled_owned()));
         Box::pin(async move {
@@ -139,7 +154,7 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
             call.delivery = head.extensions.remove::<Delivery>();
             // Only an answer that is an error, and nothing else, has its status here.
             if let Some(status) = Status::from_header_map(&head.headers) {
-                let status = status::corrected(status);
+                let status = status::corrected(status, most);
                 call.code = status.code();
                 head.headers.remove(Status::GRPC_MESSAGE);
                 // What cannot be a header is told by its code alone.
@@ -266,9 +281,9 @@ fn draining_status() -> Status {
     Status::unavailable("draining: connect again")
 }
 
-/// Whether a path is one of our service, known to it or not.
-fn is_resilience(path: &str) -> bool {
-    let path = path.strip_prefix('/').and_then(|path| path.strip_prefix(RESILIENCE));
+/// Whether a path is one of a service, known to it or not.
+fn is_of(service: &str, path: &str) -> bool {
+    let path = path.strip_prefix('/').and_then(|path| path.strip_prefix(service));
     path.is_some_and(|method| method.starts_with('/'))
 }
 

@@ -5,7 +5,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 use super::parse::in_entry;
 use crate::{
-    app::{AcquireError, ReportError, admin::AdminError},
+    app::{AcquireError, RatelimitError, ReportError, admin::AdminError},
     limits,
     storage::StorageError,
 };
@@ -107,13 +107,26 @@ pub(super) fn report(error: &ReportError) -> Status {
     }
 }
 
+/// The status of a proxy's request that could not be decided.
+pub(super) fn ratelimit(error: &RatelimitError) -> Status {
+    match error {
+        RatelimitError::NotConfigured
+        | RatelimitError::UnknownPolicy { .. }
+        | RatelimitError::NotARate { .. } => Status::failed_precondition(error.to_string()),
+        RatelimitError::TooManyLimits => wrong("descriptors", error.to_string()),
+        RatelimitError::Storage(error) => storage(error),
+    }
+}
+
 /// The status of what an operator asked for and was not done.
 pub(super) fn admin(error: &AdminError) -> Status {
     match error {
         AdminError::UnknownNamespace(namespace) => not_found("namespace", namespace, None),
         AdminError::UnknownPolicy(name) => not_found("policy", &name.policy, None),
         AdminError::UnknownGrant(id) => not_found("grant", id, None),
-        AdminError::ManagedByFile(_) => Status::failed_precondition(error.to_string()),
+        AdminError::ManagedByFile(_) | AdminError::ManagedByRules(_) => {
+            Status::failed_precondition(error.to_string())
+        }
         AdminError::Conflict { .. } => Status::aborted(error.to_string()),
         AdminError::TooManyPolicies | AdminError::TooManyLimiters => {
             Status::resource_exhausted(error.to_string())
@@ -166,14 +179,14 @@ fn shortened(text: &str) -> String {
     format!("{}\u{2026}", &text[..text.floor_char_boundary(limits::ECHOED_BYTES)])
 }
 
-/// What tonic answers to a message that it cannot take, as this service's contract says it.
-pub(super) fn corrected(status: Status) -> Status {
+/// What tonic answers to a message that it cannot take, as this service's contract says it; it takes those of at
+/// most so many bytes.
+pub(super) fn corrected(status: Status, most: usize) -> Status {
     match status.code() {
         // Nothing here is a range that a caller could iterate over.
-        Code::OutOfRange => Status::resource_exhausted(format!(
-            "the message is too large: at most {} bytes",
-            limits::MESSAGE_BYTES
-        )),
+        Code::OutOfRange => {
+            Status::resource_exhausted(format!("the message is too large: at most {most} bytes"))
+        }
         // The handlers have no internal errors: this is a message that is not one.
         Code::Internal => Status::invalid_argument(status.message()),
         _ => status,

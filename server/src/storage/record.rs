@@ -56,6 +56,9 @@ pub(crate) struct PolicyRecord {
     /// The Admin service manages it, and no file.
     #[prost(bool, tag = "7")]
     pub(crate) made: bool,
+    /// A rule of Envoy's rate limit service, of a file of its own.
+    #[prost(bool, tag = "8")]
+    pub(crate) rule: bool,
 }
 
 /// The last commit: its number, and its moment on both clocks. Part of every commit.

@@ -25,10 +25,10 @@ use crate::{
     app::events::{self, Action, Appended, Event, EventRecord, Events, event_of_key},
     catalogue::{
         Catalogue, CellId, LimiterNumber, PolicyName,
-        registry::{Configured, DIRECTORY, Edit, Known, Limiters, Misfit, Registry},
+        registry::{Configured, DIRECTORY, Edit, Known, Limiters, Misfit, Registry, Source},
     },
     clock::{Clock, ServerClock},
-    config::{self, Durability, Namespaces},
+    config::{self, Durability, Namespaces, envoy::Ruleset},
     entropy::Entropy,
     limits,
 };
@@ -41,6 +41,8 @@ pub struct Start<'a> {
     pub accept_loss: bool,
     /// What is limited.
     pub namespaces: &'a Namespaces,
+    /// What Envoy is limited by, if it is.
+    pub rules: Option<&'a Ruleset>,
     /// How it is kept where a policy does not say.
     pub durability: Durability,
     /// What time it is.
@@ -157,7 +159,7 @@ pub fn recover(start: Start<'_>) -> Result<Recovered, RecoveryError> {
 }
 
 fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
-    let Start { journal, accept_loss, namespaces, durability, clock, entropy } = start;
+    let Start { journal, accept_loss, namespaces, rules, durability, clock, entropy } = start;
     let journal = journal()?;
     let wall_seconds = clock.wall().as_secs();
     // Also so that all of it is known to be what was written.
@@ -201,11 +203,15 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     let mut forgotten = events.restore(stored_events(&*journal)?);
     let is_first = last.is_none();
     let mut registry = Registry::new(directory, secret, limiters, durability, keeps);
-    let (mut writes, edits) = registry.open(namespaces, policies, now)?;
+    let own = rules.map(Ruleset::policies).unwrap_or_default();
+    let (mut writes, edits) = registry.open(namespaces, &own, policies, now)?;
+    let (of_rules, others): (Vec<_>, Vec<_>) =
+        edits.into_iter().partition(|edit| edit.source == Source::Envoy);
+    let of_rules = events::Change::of_rules(&of_rules);
     // At a first start everything is new, which says nothing.
-    for edit in edits.into_iter().filter(|_| !is_first) {
+    for change in others.into_iter().map(edit_event).chain(of_rules).filter(|_| !is_first) {
         let at = Duration::from_nanos(now.wall.as_nanos());
-        let Appended { event, evicted } = events.append(at, edit_event(edit));
+        let Appended { event, evicted } = events.append(at, change);
         writes.push(events::write(&event));
         forgotten.extend(evicted);
     }
@@ -217,7 +223,7 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     journal.sync_witnessed()?;
 
     let were_fast = registry.were_fast();
-    let catalogue = registry.catalogue();
+    let catalogue = registry.catalogue(rules);
     let (cells, woken) = Embedded::new(limits::CELLS);
     cells.begin_at(latest);
     let mut revival = Revival {
@@ -299,7 +305,7 @@ fn stored_events(journal: &dyn Journal) -> Result<Vec<Event>, JournalError> {
 }
 
 /// What the configuration file says differently now.
-fn edit_event(Edit { name, before, after }: Edit) -> events::Change {
+fn edit_event(Edit { name, before, after, .. }: Edit) -> events::Change {
     let action = match (&before, &after) {
         (None, _) => Action::PolicyCreated,
         (_, None) => Action::PolicyDeleted,

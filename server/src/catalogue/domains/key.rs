@@ -5,7 +5,7 @@ use std::{fmt, ops::Deref};
 use arrayvec::ArrayString;
 
 use crate::{
-    catalogue::CellHasher,
+    catalogue::{CellHasher, Policy},
     digest::{Content, Digest},
     limits,
 };
@@ -27,6 +27,16 @@ enum Text<'e> {
 const HASH_BYTES: usize = 33;
 
 impl<'e> Key<'e> {
+    /// The key of the bucket in which `policy` counts all that a descriptor says, in that domain.
+    pub fn of_all(
+        domain: &'e str,
+        entries: impl Iterator<Item = (&'e str, &'e str)> + Clone,
+        policy: &Policy,
+    ) -> Self {
+        let levels = entries.flat_map(|(key, value)| [key, value]);
+        Self::new(std::iter::once(domain).chain(levels), &policy.cells)
+    }
+
     pub(super) fn new(
         mut values: impl Iterator<Item = &'e str> + Clone,
         cells: &CellHasher,
@@ -81,6 +91,13 @@ pub(super) fn push<const BYTES: usize>(text: &mut ArrayString<BYTES>, piece: &st
     let fitting = piece.floor_char_boundary(text.remaining_capacity());
     text.push_str(&piece[..fitting]);
     fitting == piece.len()
+}
+
+impl Default for Key<'_> {
+    /// The empty one.
+    fn default() -> Self {
+        Self(Text::Sent(""))
+    }
 }
 
 impl Deref for Key<'_> {

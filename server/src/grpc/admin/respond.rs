@@ -49,6 +49,7 @@ pub(super) fn named(name: &PolicyName, configured: &Configured) -> NamedPolicy {
     let source = match configured.source {
         Source::File => PolicySource::File,
         Source::Admin => PolicySource::Admin,
+        Source::Envoy => PolicySource::Envoy,
     };
     NamedPolicy {
         namespace: name.namespace.to_string(),
@@ -123,6 +124,7 @@ pub(super) fn event(Event { number, at, change }: &Event) -> v1::Event {
         Action::PolicyDeleted => v1::EventAction::PolicyDeleted,
         Action::BucketReset => v1::EventAction::BucketReset,
         Action::GrantReleased => v1::EventAction::GrantReleased,
+        Action::RulesChanged => v1::EventAction::RulesChanged,
     };
     v1::Event {
         number: *number,
