@@ -46,7 +46,7 @@ pub enum Charging {
     AllOrNothing,
     /// Each rule that allows, whatever the others say.
     EachAlone,
-    /// Every rule; one that denies drains its cell.
+    /// Every rule; one that denies drains its cell, unless others wait for it.
     Always,
 }
 
@@ -169,7 +169,9 @@ pub fn apply_to(
         } else {
             decision.allowed &= allows || rule.shadow;
         }
-        let charge = (allows || charging == Charging::Always) && !is_watched_permit(rule);
+        // What others wait for is not drained by who is denied for that.
+        let always = charging == Charging::Always && !rule.held;
+        let charge = (allows || always) && !is_watched_permit(rule);
         if charge && plan.charged != state {
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
         }

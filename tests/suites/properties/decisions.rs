@@ -96,6 +96,23 @@ proptest! {
     }
 
     #[test]
+    fn always_takes_nothing_from_those_who_wait((policies, rounds) in rounds()) {
+        let mut cells: Cells = policies.iter().map(|_| None).collect();
+        let mut now = Moment::ZERO;
+        for (pause, asks) in rounds {
+            now = later(now, pause);
+            let rules = rules(&policies, &asks);
+            apply(&rules, Charging::EachAlone, &mut cells, now);
+            let held: Rules<'_> = rules.iter().map(|rule| Rule { held: true, ..*rule }).collect();
+            let before = cells.clone();
+            let decision = apply(&held, Charging::Always, &mut cells, now);
+            prop_assert_eq!(&cells, &before);
+            let asked = held.iter().any(|rule| rule.ask.tokens > 0);
+            prop_assert!(!(decision.allowed && asked));
+        }
+    }
+
+    #[test]
     fn a_peek_changes_and_creates_nothing((policies, rounds) in rounds()) {
         let mut cells: Cells = policies.iter().map(|_| None).collect();
         let mut now = Moment::ZERO;
