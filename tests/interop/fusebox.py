@@ -26,6 +26,10 @@ SERVICE = "fusebox.v1.Resilience"
 # Far above what anything here takes, so that only what hangs reaches it.
 PATIENCE_SECONDS = 30
 
+DAY_SECONDS = 24 * 60 * 60
+# Far more than a test takes.
+BEFORE_MIDNIGHT_SECONDS = 60
+
 
 def environment(**more: str) -> dict[str, str]:
     """Ours, without what would configure the server."""
@@ -54,16 +58,32 @@ def wait_until(condition, what: str) -> None:
         time.sleep(0.02)
 
 
-class Server:
-    """One `fusebox` on free loopback ports, with a data directory of its own if none is given."""
+def wait_past_midnight() -> None:
+    """Returns at once, but for the last minute of a day (UTC): limits of a day do not begin anew in a test."""
+    left = DAY_SECONDS - time.time() % DAY_SECONDS
+    if left < BEFORE_MIDNIGHT_SECONDS:
+        time.sleep(left + 1)
 
-    def __init__(self, *arguments: str, under: tuple[str, ...] = (), data: Path | None = None):
+
+class Server:
+    """One `fusebox` on free loopback ports, with a data directory of its own if none is given.
+
+    One that is started anew may `listen` where the one before it did.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        under: tuple[str, ...] = (),
+        data: Path | None = None,
+        listen: str = "127.0.0.1:0",
+    ):
         self._directory = tempfile.TemporaryDirectory(prefix="fusebox-interop-")
         directory = Path(self._directory.name)
         self._stdout, self._stderr = directory / "stdout", directory / "stderr"
         # Port 0: the system picks one that is free, and the server prints which.
         command = [*under, os.environ["FUSEBOX_BIN"], "--data", str(data or directory / "data")]
-        command += ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", *arguments]
+        command += ["--listen", listen, "--ops-listen", "127.0.0.1:0", *arguments]
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
                 command,
