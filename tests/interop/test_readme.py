@@ -125,13 +125,23 @@ def pattern(output: list[str]) -> re.Pattern:
 
 
 class Terminal:
-    """What a reader has: a shell at the root of the repository, with the tools installed."""
+    """What a reader has: a shell, at the root of the repository or elsewhere, with the tools installed.
 
-    def __init__(self, data: str, background_is_ready: Callable[[], bool]):
+    `bin` has programs besides.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        background_is_ready: Callable[[Command], bool],
+        directory: Path = ROOT,
+        bin: Path = TOOLS,
+    ):
         self._background: list[subprocess.Popen] = []
         self._background_is_ready = background_is_ready
+        self._directory = directory
         self._environment = environment(
-            PATH=f"{TOOLS}:{os.environ['PATH']}",
+            PATH=f"{bin}:{TOOLS}:{os.environ['PATH']}",
             FUSEBOX_DATA=data,
             CARGO_TERM_COLOR="never",
         )
@@ -154,11 +164,11 @@ class Terminal:
         if code != 0 and not command.output:
             raise AssertionError(f"line {command.line}: exit code {code}")
 
-    def stop_background(self) -> None:
+    def stop_background(self, how: signal.Signals = signal.SIGTERM) -> None:
         """Ends what runs in the background as an orchestrator would; exit codes are 0."""
         early = [shell.args[-1] for shell in self._background if shell.poll() is not None]
         for shell in self._background:
-            shell.send_signal(signal.SIGTERM)
+            shell.send_signal(how)
         codes = [shell.wait(PATIENCE_SECONDS) for shell in self._background]
         if early or any(codes):
             raise AssertionError(f"background: exit codes {codes}; ended by themselves: {early}")
@@ -176,7 +186,7 @@ class Terminal:
             while True:
                 # First whether it has said all it will, then what it said.
                 over = shell.poll() is not None or time.monotonic() > deadline
-                ready = self._background_is_ready()
+                ready = self._background_is_ready(command)
                 output = read(printed)
                 if over and not ready:
                     raise AssertionError(f"$ {command.text}\nnever ready; printed:\n{output}")
@@ -190,7 +200,7 @@ class Terminal:
         # Bash becomes its only command, so that signals and exit codes are those of the command.
         return subprocess.Popen(
             ["bash", "-c", command.text],
-            cwd=ROOT,
+            cwd=self._directory,
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=printed,
@@ -228,7 +238,7 @@ class Readme(unittest.TestCase):
         self.assertFalse(is_ready(DEFAULT_OPS), f"another server is on {DEFAULT_OPS} already")
         data = tempfile.TemporaryDirectory(prefix="fusebox-readme-")
         self.addCleanup(data.cleanup)
-        terminal = Terminal(data.name, lambda: is_ready(DEFAULT_OPS))
+        terminal = Terminal(data.name, lambda _: is_ready(DEFAULT_OPS))
         self.addCleanup(terminal.close)
 
         not_run = [command for command in commands if command.not_run()]
@@ -334,7 +344,7 @@ class Run(unittest.TestCase):
     def setUp(self):
         data = tempfile.TemporaryDirectory()
         self.addCleanup(data.cleanup)
-        self.terminal = Terminal(data.name, (Path(data.name) / "ready").exists)
+        self.terminal = Terminal(data.name, lambda _: (Path(data.name) / "ready").exists())
         self.addCleanup(self.terminal.close)
 
     def run_all(self, *lines: str, kind: str = "console"):
