@@ -17,6 +17,11 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     tonic_prost_build::configure()
         .build_transport(false)
+        // Decoded by hand: it must not fail by what a header holds.
+        .extern_path(
+            ".envoy.extensions.common.ratelimit.v3.RateLimitDescriptor.Entry",
+            "crate::Entry",
+        )
         .compile_fds(compiler.file_descriptor_set())?;
     Ok(())
 }

@@ -4,6 +4,10 @@
 //! The protos under `proto/protos` are the contract; their comments give unit, range and default of
 //! every field. This crate compiles them without a system `protoc`.
 
+mod entry;
+
+pub use self::entry::Entry;
+
 /// Package `fusebox.v1`.
 pub mod v1 {
     #![allow(missing_docs, clippy::all, clippy::pedantic)]

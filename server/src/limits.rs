@@ -326,11 +326,13 @@ pub const DESCRIPTORS: usize = 64;
 /// Entries of one descriptor, and levels of rules.
 pub const DESCRIPTOR_ENTRIES: usize = 32;
 
-/// Bytes of one value of a descriptor, and of one of a rule: a path with its query.
+/// Bytes of a value in a rule: a path with its query. Those of descriptors are as long as they are, and count by what
+/// they begin with and a hash.
 pub const DESCRIPTOR_VALUE_BYTES: usize = 4 * 1024;
 
-/// Bytes of one request to Envoy's rate limit service: what fits in a request's own headers.
-pub const RATELIMIT_BYTES: usize = 64 * 1024;
+/// Bytes of one request to Envoy's rate limit service: all headers that a proxy takes, 60 KiB, in each of 16
+/// descriptors. One that is refused may pass the proxy uncounted.
+pub const RATELIMIT_BYTES: usize = 1024 * 1024;
 
 /// Rules of Envoy's rate limit service, of all domains: each is a policy, of some kilobytes.
 pub const RULES: usize = 20_000;

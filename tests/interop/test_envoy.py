@@ -218,6 +218,18 @@ descriptors:
                 self.assertEqual(statuses, [200, 200, 429])
         self.assertEqual(self.spent("shop|user|tool", "ann|%7Csaw"), 3)
 
+    def test_no_header_is_a_way_past_the_limits_of_others(self):
+        rules = RULES.replace("key: tool", "key: remote_address").replace("10", "1000")
+        # The header eight times over, to make the question as long as the answer is short.
+        limits = [described_by(REMOTE_ADDRESS), *[USER] * 8]
+        self.start(rules, limits)
+        # By default, and so here, what Fusebox gives no answer to passes.
+        self.start_envoy(limits, failure_mode_deny=False)
+        self.assertEqual(self.statuses(4, x_user="ann"), [200, 200, 200, 429])
+        for value in ["m" * 4097, "m" * 50_000, "m\xff", "m\xff" * 9000, "|%" * 9000]:
+            with self.subTest(value[:8], length=len(value)):
+                self.assertEqual(self.envoy.get(x_user=value).status, 429)
+
     def test_what_no_rule_limits_passes(self):
         self.start(rate_limits=[USER, described_by(header("x-other", "other"))])
         for headers in [{}, {"x_other": "thing"}]:

@@ -304,7 +304,8 @@ impl<'c> Met<'c> {
             quota: self.quota,
             unlimited: false,
             limit: Some(CurrentLimit { per_unit, unit, name }),
-            remaining: verdict.remaining,
+            // Whatever is left was not enough.
+            remaining: if over { 0 } else { verdict.remaining },
             reset_after,
             metadata: self.rule.map(|rule| &rule.metadata),
         };

@@ -71,6 +71,8 @@ impl Hit {
         if !self.counts() {
             return Counts::default();
         }
+        // A caller must not be able to turn a counter over.
+        let hits = hits.min(u32::MAX.into());
         let (near, after) = (near_limit(limit), before.saturating_add(hits));
         let mut counts = Counts { total: hits, ..Counts::default() };
         if !over {
@@ -282,9 +284,9 @@ mod tests {
     fn no_number_is_too_large() {
         for over in [false, true] {
             let counts = Hit { over, ..hit(u64::MAX, 0, u64::MAX) }.added();
-            assert_eq!(counts.total, u64::MAX);
+            assert_eq!(counts.total, u32::MAX.into(), "as many as one request counts");
             let endless = Hit { hits: u64::MAX, spent_before: u64::MAX, over, ..Hit::default() };
-            assert_eq!(endless.added().total, u64::MAX);
+            assert_eq!(endless.added().total, u32::MAX.into());
         }
         assert_eq!(near_limit(u64::from(u32::MAX)), 3_435_973_888, "in single precision");
     }

@@ -2,12 +2,16 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use fusebox_proto::envoy::{
-    config::core::v3::HeaderValue,
-    extensions::common::ratelimit::v3::rate_limit_descriptor::Entry,
-    service::ratelimit::v3::{
-        RateLimitRequest, RateLimitResponse,
-        rate_limit_response::{Code, DescriptorStatus, RateLimit, rate_limit::Unit as WireUnit},
+use fusebox_proto::{
+    Entry,
+    envoy::{
+        config::core::v3::HeaderValue,
+        service::ratelimit::v3::{
+            RateLimitRequest, RateLimitResponse,
+            rate_limit_response::{
+                Code, DescriptorStatus, RateLimit, rate_limit::Unit as WireUnit,
+            },
+        },
     },
 };
 use prost_types::{ListValue, Struct, Value, value::Kind};
