@@ -6,6 +6,7 @@ use fusebox_proto::{
     Entry,
     envoy::{
         config::core::v3::HeaderValue,
+        extensions::common::ratelimit::v3::RateLimitDescriptor,
         service::ratelimit::v3::{
             RateLimitRequest, RateLimitResponse,
             rate_limit_response::{
@@ -106,12 +107,8 @@ fn told(names: &ResponseHeaders, status: &Status<'_>) -> Vec<HeaderValue> {
 /// What was asked, and what the rules that are not over their limit have to tell; of two with one name the first.
 fn metadata(request: &RateLimitRequest, statuses: &[Status<'_>]) -> Struct {
     let mut fields = BTreeMap::from([("domain".to_owned(), text(request.domain.clone()))]);
-    let descriptors = request.descriptors.iter().map(|descriptor| {
-        let entry = |Entry { key, value }: &Entry| text(format!("{key}={value}"));
-        let entries = list(descriptor.entries.iter().map(entry).collect());
-        map(BTreeMap::from([("entries".to_owned(), entries)]))
-    });
-    fields.insert("descriptors".to_owned(), list(descriptors.collect()));
+    let descriptors = request.descriptors.iter().map(described).collect();
+    fields.insert("descriptors".to_owned(), list(descriptors));
     if request.hits_addend != 0 {
         fields.insert("hitsAddend".to_owned(), number(request.hits_addend.into()));
     }
@@ -124,6 +121,24 @@ fn metadata(request: &RateLimitRequest, statuses: &[Status<'_>]) -> Struct {
         fields.insert("metadata".to_owned(), map(told));
     }
     Struct { fields }
+}
+
+/// A descriptor as it was asked; its limit is a text, as protobuf writes messages.
+fn described(descriptor: &RateLimitDescriptor) -> Value {
+    let entry = |Entry { key, value }: &Entry| text(format!("{key}={value}"));
+    let entries = list(descriptor.entries.iter().map(entry).collect());
+    let mut fields = BTreeMap::from([("entries".to_owned(), entries)]);
+    if let Some(limit) = &descriptor.limit {
+        let (requests, unit) = (limit.requests_per_unit, limit.unit().as_str_name());
+        let requests = (requests > 0).then(|| format!("requests_per_unit:{requests} "));
+        let limit = requests.unwrap_or_default() + "unit:" + unit;
+        fields.insert("limit".to_owned(), text(limit));
+    }
+    if let Some(hits) = descriptor.hits_addend {
+        // As JSON has numbers: exact up to 2^53.
+        fields.insert("hitsAddend".to_owned(), number(hits as f64));
+    }
+    map(fields)
 }
 
 fn value(metadata: &Metadata) -> Value {
