@@ -30,7 +30,8 @@ use tonic_prost::ProstCodec;
 
 use crate::{CONFIG, ask, request};
 
-const SERVICES: [&str; 2] = ["", "fusebox.v1.Resilience"];
+const SERVICES: [&str; 3] =
+    ["", "fusebox.v1.Resilience", "envoy.service.ratelimit.v3.RateLimitService"];
 
 async fn watch(server: &Server, service: &str) -> Streaming<HealthCheckResponse> {
     let request = HealthCheckRequest { service: service.into() };
