@@ -1,11 +1,13 @@
 //! From a line to what Envoy sends.
 
-use fusebox_proto::envoy::{
-    extensions::common::ratelimit::v3::{
-        RateLimitDescriptor,
-        rate_limit_descriptor::{Entry, RateLimitOverride},
+use fusebox_proto::{
+    Entry,
+    envoy::{
+        extensions::common::ratelimit::v3::{
+            RateLimitDescriptor, rate_limit_descriptor::RateLimitOverride,
+        },
+        r#type::v3::RateLimitUnit,
     },
-    r#type::v3::RateLimitUnit,
 };
 
 use crate::words::Line;
