@@ -3,6 +3,7 @@
 //!
 //! The protos under `proto/protos` are the contract; their comments give unit, range and default of
 //! every field. This crate compiles them without a system `protoc`.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod entry;
 

@@ -13,7 +13,7 @@ use std::{
 
 use opentelemetry::{
     KeyValue,
-    metrics::{Meter, MeterProvider},
+    metrics::{AsyncInstrument, Meter, MeterProvider},
 };
 use opentelemetry_sdk::{
     Resource,
@@ -128,19 +128,60 @@ impl MethodDurations {
     }
 }
 
+/// Where what is counted is registered, to be observed at each scrape.
+struct Observed {
+    meter: Meter,
+    lifecycle: Arc<Lifecycle>,
+}
+
+/// Takes what is observed.
+type Observer<'a> = &'a dyn AsyncInstrument<u64>;
+
+impl Observed {
+    /// A counter that the app tells, once there is one.
+    fn counter(
+        &self,
+        name: &'static str,
+        description: &'static str,
+        tell: impl Fn(&App, Observer<'_>) + Send + Sync + 'static,
+    ) {
+        let lifecycle = Arc::clone(&self.lifecycle);
+        let counter = self.meter.u64_observable_counter(name).with_description(description);
+        let tell = move |observer: Observer<'_>| {
+            lifecycle.app().into_iter().for_each(|app| tell(app, observer));
+        };
+        counter.with_callback(tell).build();
+    }
+
+    /// A gauge that the app tells, once there is one.
+    fn gauge(
+        &self,
+        name: &'static str,
+        description: &'static str,
+        tell: impl Fn(&App, Observer<'_>) + Send + Sync + 'static,
+    ) {
+        let lifecycle = Arc::clone(&self.lifecycle);
+        let gauge = self.meter.u64_observable_gauge(name).with_description(description);
+        let tell = move |observer: Observer<'_>| {
+            lifecycle.app().into_iter().for_each(|app| tell(app, observer));
+        };
+        gauge.with_callback(tell).build();
+    }
+}
+
 fn observe(
     provider: &SdkMeterProvider,
     lifecycle: &Arc<Lifecycle>,
     connections: &[(&'static str, Arc<Connections>)],
 ) {
-    let meter = provider.meter("fusebox");
-    observe_decisions(&meter, lifecycle);
-    observe_reports(&meter, lifecycle);
-    observe_app(&meter, lifecycle);
-    observe_cells(&meter, lifecycle);
-    observe_rules(&meter, lifecycle);
-    observe_disk(&meter, lifecycle);
-    observe_connections(&meter, connections);
+    let observed = Observed { meter: provider.meter("fusebox"), lifecycle: Arc::clone(lifecycle) };
+    observe_decisions(&observed);
+    observe_reports(&observed);
+    observe_app(&observed);
+    observe_cells(&observed);
+    observe_rules(&observed);
+    observe_disk(&observed);
+    observe_connections(&observed.meter, connections);
 }
 
 /// The labels that name a policy.
@@ -152,15 +193,11 @@ fn named(policy: &Policy) -> [KeyValue; 2] {
 }
 
 /// What each policy decided.
-fn observe_decisions(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
-    let state = Arc::clone(lifecycle);
-    meter
-        .u64_observable_counter("fusebox_decisions")
-        .with_description(
-            "Asks by what became of their Acquire. `reason` is the ask's own: empty on a deny, it was another ask's. Peeks are not counted",
-        )
-        .with_callback(move |observer| {
-            let Some(app) = state.app() else { return };
+fn observe_decisions(observed: &Observed) {
+    observed.counter(
+        "fusebox_decisions",
+        "Asks by what became of their Acquire. `reason` is the ask's own: empty on a deny, it was another ask's. Peeks are not counted",
+        |app, observer| {
             for policy in app.catalogue().policies() {
                 let counts = policy.decisions.counts().into_iter().zip(DECISION_LABELS);
                 // What can happen anywhere is told from the start, all else once it has.
@@ -174,44 +211,35 @@ fn observe_decisions(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
                     observer.observe(count, &[namespace, policy, decision, reason]);
                 }
             }
-        })
-        .build();
-
-    let state = Arc::clone(lifecycle);
-    meter
-        .u64_observable_counter("fusebox_debt_dropped_tokens")
-        .with_description("Tokens above `max_debt` that estimates cost and nobody was charged for")
-        .with_callback(move |observer| {
-            let Some(app) = state.app() else { return };
+        },
+    );
+    observed.counter(
+        "fusebox_debt_dropped_tokens",
+        "Tokens above `max_debt` that estimates cost and nobody was charged for",
+        |app, observer| {
             for policy in app.catalogue().policies().filter(|policy| !policy.is_rule()) {
                 observer.observe(policy.decisions.debt_dropped(), &named(policy));
             }
-        })
-        .build();
+        },
+    );
 }
 
-fn observe_reports(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
-    let state = Arc::clone(lifecycle);
-    meter
-        .u64_observable_counter("fusebox_reports")
-        .with_description("Outcomes reported, by their result")
-        .with_callback(move |observer| {
-            let Some(app) = state.app() else { return };
-            let reports = app.reports();
-            for (result, count) in [
-                ("applied", &reports.applied),
-                ("duplicate", &reports.duplicate),
-                ("unknown_grant", &reports.unknown_grant),
-            ] {
-                let label = [KeyValue::new("result", result)];
-                observer.observe(count.load(Ordering::Relaxed), &label);
-            }
-        })
-        .build();
+fn observe_reports(observed: &Observed) {
+    observed.counter("fusebox_reports", "Outcomes reported, by their result", |app, observer| {
+        let reports = app.reports();
+        for (result, count) in [
+            ("applied", &reports.applied),
+            ("duplicate", &reports.duplicate),
+            ("unknown_grant", &reports.unknown_grant),
+        ] {
+            let label = [KeyValue::new("result", result)];
+            observer.observe(count.load(Ordering::Relaxed), &label);
+        }
+    });
 }
 
 /// How much the server holds.
-fn observe_app(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
+fn observe_app(observed: &Observed) {
     type Read = fn(&App) -> usize;
     let gauges: [(_, _, Read); 4] = [
         (
@@ -226,16 +254,9 @@ fn observe_app(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
         ("fusebox_events", "Events of the audit trail that are remembered", App::event_count),
     ];
     for (name, description, read) in gauges {
-        let state = Arc::clone(lifecycle);
-        meter
-            .u64_observable_gauge(name)
-            .with_description(description)
-            .with_callback(move |observer| {
-                if let Some(app) = state.app() {
-                    observer.observe(read(app) as u64, &[]);
-                }
-            })
-            .build();
+        observed.gauge(name, description, move |app, observer| {
+            observer.observe(read(app) as u64, &[]);
+        });
     }
 }
 
@@ -266,7 +287,7 @@ fn observe_connections(meter: &Meter, connections: &[(&'static str, Arc<Connecti
 }
 
 /// The cells of each policy.
-fn observe_cells(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
+fn observe_cells(observed: &Observed) {
     type Read = fn(&Budget) -> usize;
     let gauges: [(_, _, Read); 2] = [
         ("fusebox_policy_cells", "Cells of a policy that live", Budget::live),
@@ -277,27 +298,21 @@ fn observe_cells(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
         ),
     ];
     for (name, description, read) in gauges {
-        let state = Arc::clone(lifecycle);
-        meter
-            .u64_observable_gauge(name)
-            .with_description(description)
-            .with_callback(move |observer| {
-                let Some(app) = state.app() else { return };
-                for policy in app.catalogue().policies() {
-                    let cells = read(&policy.budget) as u64;
-                    if cells > 0 || !policy.is_rule() {
-                        observer.observe(cells, &named(policy));
-                    }
+        observed.gauge(name, description, move |app, observer| {
+            for policy in app.catalogue().policies() {
+                let cells = read(&policy.budget) as u64;
+                if cells > 0 || !policy.is_rule() {
+                    observer.observe(cells, &named(policy));
                 }
-            })
-            .build();
+            }
+        });
     }
 }
 
 /// Hits of Envoy's requests, as envoyproxy/ratelimit counts them.
-fn observe_rules(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
+fn observe_rules(observed: &Observed) {
     type Read = fn(&Hits) -> &AtomicU64;
-    let counters: [(_, _, Read); 5] = [
+    let hits: [(_, _, Read); 5] = [
         ("fusebox_ratelimit_hits", "Hits that met a limit", |hits| &hits.total),
         ("fusebox_ratelimit_over_limit_hits", "Of those, over the limit", |hits| &hits.over_limit),
         (
@@ -316,68 +331,53 @@ fn observe_rules(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
             |hits| &hits.shadow_mode,
         ),
     ];
-    for (name, description, read) in counters {
-        let state = Arc::clone(lifecycle);
-        meter
-            .u64_observable_counter(name)
-            .with_description(description)
-            .with_callback(move |observer| {
-                let Some(app) = state.app() else { return };
-                let catalogue = app.catalogue();
-                let Some(ratelimit) = &catalogue.ratelimit else { return };
-                ratelimit.domains.visit_hits(|domain, key, hits| {
-                    if hits.total.load(Ordering::Relaxed) == 0 {
-                        return;
-                    }
+    for (name, description, read) in hits {
+        observed.counter(name, description, move |app, observer| {
+            let catalogue = app.catalogue();
+            let Some(ratelimit) = &catalogue.ratelimit else { return };
+            ratelimit.domains.visit_hits(|domain, key, hits| {
+                // There may be many rules, and few are ever met.
+                if hits.total.load(Ordering::Relaxed) > 0 {
                     let domain = KeyValue::new("domain", domain.to_owned());
                     let key = KeyValue::new("key", key.to_owned());
                     observer.observe(read(hits).load(Ordering::Relaxed), &[domain, key]);
-                });
-            })
-            .build();
+                }
+            });
+        });
     }
-
-    let state = Arc::clone(lifecycle);
-    meter
-        .u64_observable_counter("fusebox_ratelimit_unknown_domain")
-        .with_description("Requests of a domain that no file defines")
-        .with_callback(move |observer| {
-            let Some(app) = state.app() else { return };
+    observed.counter(
+        "fusebox_ratelimit_unknown_domain",
+        "Requests of a domain that no file defines",
+        |app, observer| {
             if let Some(ratelimit) = &app.catalogue().ratelimit {
                 let unknown = ratelimit.domains.unknown_domains();
                 observer.observe(unknown.load(Ordering::Relaxed), &[]);
             }
-        })
-        .build();
-
-    let state = Arc::clone(lifecycle);
-    meter
-        .u64_observable_counter("fusebox_ratelimit_passed_in_shadow")
-        .with_description("Requests over a limit that passed, because nothing is denied overall")
-        .with_callback(move |observer| {
-            let Some(app) = state.app() else { return };
+        },
+    );
+    observed.counter(
+        "fusebox_ratelimit_passed_in_shadow",
+        "Requests over a limit that passed, because nothing is denied overall",
+        |app, observer| {
             if app.catalogue().ratelimit.is_some() {
                 observer.observe(app.passed_in_shadow(), &[]);
             }
-        })
-        .build();
-
-    let state = Arc::clone(lifecycle);
-    meter
-        .u64_observable_counter("fusebox_ratelimit_config_loads")
-        .with_description("Times that the files of rules were loaded, or could not be")
-        .with_callback(move |observer| {
-            let Some(app) = state.app() else { return };
+        },
+    );
+    observed.counter(
+        "fusebox_ratelimit_config_loads",
+        "Times that the files of rules were loaded, or could not be",
+        |app, observer| {
             if app.catalogue().ratelimit.is_some() {
                 for (result, count) in app.rule_loads().counts() {
                     observer.observe(count, &[KeyValue::new("result", result)]);
                 }
             }
-        })
-        .build();
+        },
+    );
 }
 
-fn observe_disk(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
+fn observe_disk(Observed { meter, lifecycle }: &Observed) {
     type Read = fn(&Disk) -> u64;
     let counters: [(_, _, Read); 4] = [
         ("fusebox_journal_records", "Records written to the journal, or deleted", |disk| {
@@ -399,18 +399,6 @@ fn observe_disk(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
             |disk| disk.rotations.load(Ordering::Relaxed),
         ),
     ];
-    for (name, description, read) in counters {
-        let state = Arc::clone(lifecycle);
-        meter
-            .u64_observable_counter(name)
-            .with_description(description)
-            .with_callback(move |observer| {
-                if let Some(disk) = state.disk() {
-                    observer.observe(read(disk), &[]);
-                }
-            })
-            .build();
-    }
     let gauges: [(_, _, Read); 2] = [
         ("fusebox_journal_queued_marks", "Marks that wait to be written", |disk| {
             disk.queued.load(Ordering::Relaxed) as u64
@@ -419,17 +407,19 @@ fn observe_disk(meter: &Meter, lifecycle: &Arc<Lifecycle>) {
             disk.bytes.load(Ordering::Relaxed)
         }),
     ];
+    let tell = |read: Read| {
+        let lifecycle = Arc::clone(lifecycle);
+        move |observer: Observer<'_>| {
+            lifecycle.disk().into_iter().for_each(|disk| observer.observe(read(disk), &[]));
+        }
+    };
+    for (name, description, read) in counters {
+        let counter = meter.u64_observable_counter(name).with_description(description);
+        counter.with_callback(tell(read)).build();
+    }
     for (name, description, read) in gauges {
-        let state = Arc::clone(lifecycle);
-        meter
-            .u64_observable_gauge(name)
-            .with_description(description)
-            .with_callback(move |observer| {
-                if let Some(disk) = state.disk() {
-                    observer.observe(read(disk), &[]);
-                }
-            })
-            .build();
+        let gauge = meter.u64_observable_gauge(name).with_description(description);
+        gauge.with_callback(tell(read)).build();
     }
 }
 
