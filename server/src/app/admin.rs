@@ -201,8 +201,10 @@ pub struct Info {
     pub durability: Durability,
     /// Buckets that are remembered.
     pub live_cells: usize,
-    /// Policies that can be asked.
+    /// Policies that can be asked, without those that are rules.
     pub policies: usize,
+    /// Rules of Envoy's rate limit service.
+    pub rules: usize,
     /// Grants that are open.
     pub open_grants: usize,
     /// Callers that stand in line.
@@ -613,6 +615,7 @@ impl App {
             durability: registry.durability(),
             live_cells: self.live_cells(),
             policies: registry.count(),
+            rules: registry.rule_count(),
             open_grants: self.grants.open(),
             waiting: self.lines.standing(),
             truth_id: registry.truth_id(),

@@ -284,6 +284,14 @@ impl Registry {
         all.filter(|configured| configured.source != Source::Envoy).count()
     }
 
+    /// How many rules of Envoy's there are, without what counts by limits that requests carry.
+    pub fn rule_count(&self) -> usize {
+        let of_files = |(name, configured): &(&PolicyName, &Configured)| {
+            configured.source == Source::Envoy && !name.policy.starts_with('|')
+        };
+        self.policies.iter().filter(of_files).count()
+    }
+
     /// How many limiters there are once a change is made.
     pub fn limiters_after(&self, change: &Change) -> usize {
         let new = change.limiters.keys().filter(|id| !self.limiters.contains_key(id));

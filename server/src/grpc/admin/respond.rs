@@ -150,6 +150,7 @@ pub(super) fn info(info: Info) -> ServerInfoResponse {
         durability: durability_message(info.durability).into(),
         live_cells: info.live_cells as u64,
         policies: info.policies as u64,
+        rules: info.rules as u64,
         open_grants: info.open_grants as u64,
         waiting: info.waiting as u64,
         truth_id: info.truth_id,
