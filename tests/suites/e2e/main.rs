@@ -13,6 +13,7 @@ mod overflow;
 mod overrides;
 mod permits;
 mod priorities;
+mod ratelimit;
 mod report;
 mod requests;
 mod restart;

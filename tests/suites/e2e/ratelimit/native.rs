@@ -1,0 +1,137 @@
+//! Rules that a policy of this server judges.
+
+use fusebox_proto::{
+    envoy::service::ratelimit::v3::rate_limit_response::{RateLimit, rate_limit::Unit},
+    v1::{
+        DeletePolicyRequest, FixedWindow, Policy, PutPolicyRequest, admin_client::AdminClient,
+        policy::Kind,
+    },
+};
+use tonic::Code;
+
+use super::{Files, Proxy, Served, Told, back, hits, peek, request, rl, rule};
+use crate::{caller::seconds, remaining};
+
+/// A server of rules, each judged by the policy of its key.
+async fn serve(keys: &[&str], policies: &str) -> Served {
+    let rules: Vec<_> = keys.iter().map(|key| rule(key, 1, "minute")).collect();
+    let files = Files::of(&[("rl.yaml", &rl(&rules))]);
+    let native: Vec<_> = keys.iter().map(|key| format!("{key}: test/{key}")).collect();
+    let settings = format!("domains: {{rl: {{policies: {{{}}}}}}}", native.join(", "));
+    let namespaces = format!("namespaces: {{test: {{policies: {{{policies}}}}}}}");
+    files.serve_with(&settings, &namespaces).await
+}
+
+/// What is told as the limit, and in how many seconds all of it is left.
+async fn limit(proxy: &mut Proxy, key: &str, value: &str) -> (RateLimit, i64) {
+    let answer = proxy.send(request([peek(key, value)])).await;
+    let status = &answer.statuses[0];
+    let reset = status.duration_until_reset.unwrap().seconds;
+    (status.current_limit.clone().expect("a limit"), reset)
+}
+
+fn of(requests_per_unit: u32, unit: Unit) -> RateLimit {
+    RateLimit { requests_per_unit, unit: unit.into(), name: String::new() }
+}
+
+#[tokio::test]
+async fn of_several_limits_the_tightest_is_told() {
+    let policy = "plan: {limits: [{fixed_window: {limit: 3, per: 1m}}, {fixed_window: {limit: 5, per: 1h}}]}";
+    let server = serve(&["plan"], policy).await;
+    let mut proxy = Proxy::of(&server).await;
+    assert_eq!(proxy.one(hits("plan", "a", 2)).await, Told::Ok(1));
+    assert_eq!(limit(&mut proxy, "plan", "a").await, (of(3, Unit::Unknown), 40));
+    server.advance(seconds(40));
+    assert_eq!(proxy.one(hits("plan", "a", 1)).await, Told::Ok(2));
+    assert_eq!(proxy.one(hits("plan", "a", 2)).await, Told::Ok(0));
+    server.advance(seconds(60));
+    // The hour's is spent, and so says the answer.
+    assert_eq!(proxy.hit("plan", "a").await, Told::Over(0));
+    assert_eq!(limit(&mut proxy, "plan", "a").await, (of(5, Unit::Unknown), 2_700));
+    assert_eq!(proxy.one(back("plan", "a", 2)).await, Told::Ok(1));
+    assert_eq!(proxy.one(peek("plan", "b")).await, Told::Ok(3));
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_policy_that_cannot_judge_is_an_error_of_its_rule_alone() {
+    let policies = "calls: {concurrency: {limit: 4}}, retries: {retry_budget: {}},
+        plan: {fixed_window: {limit: 3, per: 1m}}";
+    let server = serve(&["calls", "retries", "none", "plan"], policies).await;
+    let mut proxy = Proxy::of(&server).await;
+    for (key, message) in [
+        (
+            "calls",
+            "rule `rl|calls` is to be judged by policy `test/calls`, which counts permits: only rates and \
+             windows can judge what passes a proxy",
+        ),
+        (
+            "retries",
+            "rule `rl|retries` is to be judged by policy `test/retries`, which counts retries: only rates \
+             and windows can judge what passes a proxy",
+        ),
+        (
+            "none",
+            "rule `rl|none` is to be judged by policy `test/none`, and there is none of that name",
+        ),
+    ] {
+        let refused = proxy.try_send(request([hits("plan", "a", 1), hits(key, "a", 1)])).await;
+        let refused = refused.unwrap_err();
+        assert_eq!((refused.code(), refused.message()), (Code::FailedPrecondition, message));
+    }
+    assert_eq!(proxy.one(peek("plan", "a")).await, Told::Ok(3), "nothing was charged");
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_policy_that_operators_change_judges_at_once() {
+    let server = serve(&["made"], "other: {fixed_window: {limit: 1, per: 1m}}").await;
+    let mut proxy = Proxy::of(&server).await;
+    let mut operator = AdminClient::new(server.channel().await);
+    let mut put = async |limit, seconds| {
+        let per = Some(prost_types::Duration { seconds, nanos: 0 });
+        let window = FixedWindow { limit: Some(limit), per };
+        let policy = Policy { kind: Some(Kind::FixedWindow(window)), ..Default::default() };
+        let request = PutPolicyRequest {
+            namespace: "test".into(),
+            name: "made".into(),
+            policy: Some(policy),
+            ..Default::default()
+        };
+        operator.put_policy(request).await.expect("it is put");
+    };
+    assert!(proxy.try_send(request([hits("made", "a", 1)])).await.is_err());
+    put(5, 60).await;
+    assert_eq!(proxy.one(hits("made", "a", 2)).await, Told::Ok(3));
+    put(10, 3_600).await;
+    assert_eq!(proxy.one(hits("made", "a", 1)).await, Told::Ok(7));
+    assert_eq!(limit(&mut proxy, "made", "b").await, (of(10, Unit::Hour), 2_800));
+    let end = DeletePolicyRequest {
+        namespace: "test".into(),
+        name: "made".into(),
+        reason: "over".into(),
+        ..Default::default()
+    };
+    AdminClient::new(server.channel().await).delete_policy(end).await.unwrap();
+    let refused = proxy.try_send(request([hits("made", "a", 1)])).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn more_limits_than_are_decided_together_are_refused_and_charge_nothing() {
+    let policy = "plan: {limits: [{fixed_window: {limit: 90, per: 1m}}, {fixed_window: {limit: 90, per: 1h}}]}";
+    let server = serve(&["plan"], policy).await;
+    let mut proxy = Proxy::of(&server).await;
+    let ask = |count| request((0..count).map(|_| hits("plan", "a", 1)));
+    for count in [33, 64] {
+        let refused = proxy.try_send(ask(count)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        let message = "descriptors: the descriptors meet more than 64 limits, as many as are decided together";
+        assert_eq!(refused.message(), message);
+    }
+    assert_eq!(proxy.one(peek("plan", "a")).await, Told::Ok(90));
+    let answer = proxy.send(ask(32)).await;
+    assert_eq!(super::told(&answer.statuses[31]), Told::Ok(58));
+    server.stop().await.unwrap();
+}
