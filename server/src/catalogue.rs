@@ -265,7 +265,10 @@ impl Policy {
             ask: Ask {
                 reserved: self.reserves.kept_from(priority, limiter.settings.limit.capacity()),
                 window: limiter.window(now),
-                purpose: if self.shadow { Purpose::Spend } else { ask.purpose },
+                purpose: match ask.purpose {
+                    Purpose::Estimate | Purpose::Lease { .. } if self.shadow => Purpose::Spend,
+                    purpose => purpose,
+                },
                 ..ask
             },
             shadow: self.shadow,

@@ -54,6 +54,17 @@ async fn of_several_limits_the_tightest_is_told() {
 }
 
 #[tokio::test]
+async fn a_policy_that_only_watches_denies_nothing_and_takes_back_what_comes_back() {
+    let policy = "plan: {fixed_window: {limit: 3, per: 1m}, shadow: true}";
+    let server = serve(&["plan"], policy).await;
+    let mut proxy = Proxy::of(&server).await;
+    assert_eq!(proxy.one(hits("plan", "a", 2)).await, Told::Ok(1));
+    assert_eq!(proxy.one(back("plan", "a", 1)).await, Told::Ok(2));
+    assert_eq!(proxy.one(hits("plan", "a", 9)).await, Told::Ok(0));
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_policy_that_cannot_judge_is_an_error_of_its_rule_alone() {
     let policies = "calls: {concurrency: {limit: 4}}, retries: {retry_budget: {}},
         plan: {fixed_window: {limit: 3, per: 1m}}";

@@ -65,6 +65,17 @@ async fn what_only_watches_denies_nothing_and_is_charged_with_the_others() {
 }
 
 #[tokio::test]
+async fn what_only_watches_takes_back_what_comes_back() {
+    let server = files().serve().await;
+    let mut proxy = Proxy::of(&server).await;
+    assert_eq!(proxy.one(hits("seen", "a", 2)).await, Told::Ok(0));
+    assert_eq!(proxy.one(back("seen", "a", 1)).await, Told::Ok(1));
+    assert_eq!(proxy.one(hits("seen", "a", 3)).await, Told::Ok(0), "over, and it only watches");
+    assert_eq!(proxy.one(back("seen", "a", 4)).await, Told::Ok(2));
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn quotas_deny_only_together() {
     for settings in ["", ALL_OR_NOTHING] {
         let server = files().serve_with(settings, "").await;
