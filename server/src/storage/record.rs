@@ -502,8 +502,9 @@ impl CellRecord {
                     at: Time::from_nanos(*at_nanos),
                 })
             }
+            // Of a window that counts also what it denies any number makes sense.
             StateRecord::Window(state) => State::Window(window::State {
-                spent: Some(state.spent).filter(|spent| sane(*spent))?,
+                spent: state.spent,
                 start: Wall::from_nanos(state.start_nanos),
                 end: Wall::from_nanos(state.end_nanos),
                 since: Time::from_nanos(state.since_nanos),

@@ -95,6 +95,32 @@ async fn what_is_told_as_the_limit_is_what_the_file_says_whatever_counts() {
 }
 
 #[tokio::test]
+async fn rules_of_every_size_can_be_read_again_whatever_counts() {
+    let units = ["second", "minute", "hour", "day", "week", "month", "year"];
+    let rules = units.iter().flat_map(|unit| {
+        [0, 1, u32::MAX].map(|limit| rule(&format!("{unit}-{limit}"), limit, unit))
+    });
+    let files = Files::of(&[("rl.yaml", &rl(&rules.collect::<Vec<_>>()))]);
+    let machine = Machine::default();
+    // Each goes on with what another had counted, through clean stops and crashes.
+    for (start, algorithm) in ALGORITHMS.iter().chain(&ALGORITHMS).enumerate() {
+        let server = machine.start(&files.config(&counted_by(algorithm), "")).await;
+        let mut proxy = Proxy::of(&server).await;
+        for unit in units {
+            for (limit, count) in [(0, 1), (1, 2), (u32::MAX, u64::MAX)] {
+                let key = format!("{unit}-{limit}");
+                assert_eq!(proxy.one(hits(&key, "a", count)).await, Told::Over(0), "{key}");
+            }
+        }
+        if start % 2 == 0 {
+            server.stop().await.unwrap();
+        } else {
+            machine.crash(server).await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_rule_that_another_algorithm_counts_from_now_on_owes_no_more_than_its_limit() {
     let (files, machine) = (files(), Machine::default());
     let server = machine.start(&files.config(&counted_by("fixed_window"), "")).await;
