@@ -307,8 +307,9 @@ pub const PAGE_MOST: usize = 1_000;
 /// See [`PAGE_MOST`].
 pub const PAGE: usize = 100;
 
-/// Bytes of what says where a page begins: a key and some more.
-pub const PAGE_TOKEN_BYTES: usize = 512;
+/// Bytes of what says where a page begins: which list it is of, and the longest name that one has, which is that of
+/// a rule of Envoy's.
+pub const PAGE_TOKEN_BYTES: usize = 16 + NAME_BYTES + 1 + RULE_PATH_BYTES;
 
 /// Top keys told where the request does not say.
 pub const TOP_KEYS_TOLD: usize = 10;

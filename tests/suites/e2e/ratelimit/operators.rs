@@ -165,3 +165,38 @@ async fn paths_tell_rules_apart_whatever_is_in_them() {
     assert_eq!(got, Some(policy));
     server.stop().await.unwrap();
 }
+
+#[tokio::test]
+async fn the_longest_paths_and_keys_are_told_page_by_page() {
+    // Two rules whose paths are as long as they may be.
+    let long = |end: &str| {
+        let value = "é".repeat((1_024 - "rl|user=".len() - end.len()) / 2) + end;
+        format!("{{key: user, value: '{value}', rate_limit: {{unit: hour, requests_per_unit: 9}}}}")
+    };
+    let open = rule("page", 9, "hour");
+    let text = rl(&[long("ab"), long("cd"), open]);
+    let server = Files::of(&[("rl.yaml", &text)]).serve().await;
+    let (mut proxy, mut operator) = (Proxy::of(&server).await, Operator::of(&server).await);
+    let paths: Vec<_> = operator.policies(1).await.into_iter().map(|one| one.name).collect();
+    let longest: Vec<_> = paths.iter().filter(|path| path.len() == 1_024).collect();
+    assert_eq!(longest.len(), 2);
+    assert_eq!(operator.inspect(longest[1], "").await.limits[0].remaining, 9);
+
+    let mut values: Vec<_> = ["a", "b"].map(|end| "\u{1F980}".repeat(64) + end).into();
+    values.push("\u{1F980}".repeat(64));
+    for value in &values {
+        assert_eq!(proxy.hit("page", value).await, Told::Ok(8), "a bucket of its own");
+    }
+    let buckets = operator.buckets("rl|page", 1).await;
+    assert_eq!(buckets.len(), 3);
+    assert_eq!(buckets[2], (values[2].clone(), 1), "what fits is told as it is");
+    for (key, _) in &buckets {
+        assert!(key.len() <= 256);
+        assert_eq!(acquire(&server, "rl|page", key, 1).await, Some(7));
+        assert_eq!(operator.reset("rl|page", key).await.0.limits[0].spent, 2);
+    }
+    for value in &values {
+        assert_eq!(proxy.one(peek("page", value)).await, Told::Ok(9));
+    }
+    server.stop().await.unwrap();
+}
