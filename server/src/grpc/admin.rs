@@ -25,7 +25,10 @@ use crate::{
         admin::{AdminError, ClientFilter},
         events::Filter,
     },
-    catalogue::PolicyName,
+    catalogue::{
+        PolicyName,
+        registry::{Configured, Source},
+    },
     lifecycle::Lifecycle,
 };
 
@@ -42,6 +45,18 @@ impl Admin {
 
     fn arrive(&self) -> Result<(&Arc<App>, Caller), Status> {
         arrive(&self.lifecycle)
+    }
+
+    /// Refuses the name of a rule: no policy could have it, but where it is written says more than that.
+    fn refuse_rule(&self, namespace: &str, name: &str) -> Result<(), Status> {
+        let (app, _) = self.arrive()?;
+        let name = PolicyName::new(namespace, name);
+        match app.policy(&name) {
+            Ok(Configured { source: Source::Envoy, .. }) => {
+                Err(status::admin(&AdminError::ManagedByRules(name)))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Makes a change, to its end also where the caller goes away: what is on disk must be in force.
@@ -66,7 +81,9 @@ impl Methods for Admin {
         &self,
         request: Request<PutPolicyRequest>,
     ) -> Result<Response<PutPolicyResponse>, Status> {
-        let put = parse::put_policy(request.into_inner())?;
+        let request = request.into_inner();
+        self.refuse_rule(&request.namespace, &request.name)?;
+        let put = parse::put_policy(request)?;
         let name = put.name.clone();
         let put =
             self.change(|app, caller| async move { app.put_policy(caller.principal, put).await });

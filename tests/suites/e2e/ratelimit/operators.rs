@@ -200,3 +200,46 @@ async fn the_longest_paths_and_keys_are_told_page_by_page() {
     }
     server.stop().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_rule_is_changed_in_its_file_and_who_tries_elsewhere_is_told_so() {
+    let server = Files::of(&[("rl.yaml", &rl(&[rule("user", 9, "hour")]))]).serve().await;
+    let mut operator = Operator::of(&server).await;
+    let policy = operator.policies(0).await.remove(0);
+    assert_eq!(policy.name, "rl|user");
+    let put = |name: &str, dry_run| PutPolicyRequest {
+        namespace: "envoy".into(),
+        name: name.into(),
+        policy: policy.policy.clone(),
+        dry_run,
+        ..Default::default()
+    };
+    let delete = |dry_run| DeletePolicyRequest {
+        namespace: "envoy".into(),
+        name: "rl|user".into(),
+        dry_run,
+        reason: "over".into(),
+        ..Default::default()
+    };
+    for dry_run in [false, true] {
+        for refused in [
+            operator.0.put_policy(put("rl|user", dry_run)).await.unwrap_err(),
+            operator.0.delete_policy(delete(dry_run)).await.unwrap_err(),
+        ] {
+            assert_eq!(refused.code(), Code::FailedPrecondition);
+            assert_eq!(
+                refused.message(),
+                "policy `envoy/rl|user` is a rule of Envoy's rate limit service: change it in its file, in \
+                 the folder `envoy_ratelimit.config_dir`; it takes effect at once"
+            );
+        }
+    }
+    // One that there is not has no such name either.
+    let refused = operator.0.put_policy(put("rl|others", false)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    // But a policy of one's own may stand beside the rules.
+    operator.0.put_policy(put("rl", false)).await.unwrap();
+    assert_eq!(acquire(&server, "rl", "a", 1).await, Some(8));
+    assert_eq!(acquire(&server, "rl|user", "a", 1).await, Some(8));
+    server.stop().await.unwrap();
+}
