@@ -219,13 +219,13 @@ impl App {
 
         let mut verdicts = decided.decision.verdicts.iter();
         let mut statuses = ArrayVec::new();
-        for (meets, descriptor) in meets.iter().zip(descriptors) {
+        for ((meets, key), descriptor) in meets.iter().zip(&keys).zip(descriptors) {
             statuses.push(match (meets, domain) {
                 (Meets::Unlimited(_), _) => Status { unlimited: true, ..Status::default() },
                 (Meets::Limit(met), Some(domain)) => {
                     // There is one for each limit that is met.
                     let Some(verdict) = verdicts.next() else { break };
-                    let (status, hit) = met.status(&descriptor, verdict, caller.now);
+                    let (status, hit) = met.status(&descriptor, key, verdict, caller.now);
                     match met.rule {
                         Some(rule) => rule.count(descriptor.entries, hit),
                         None => domain.count_request_limit(descriptor.entries, hit),
@@ -272,10 +272,11 @@ impl<'c> Met<'c> {
     fn status<E>(
         &self,
         descriptor: &Descriptor<E>,
+        key: &str,
         verdict: &Verdict,
         now: Moment,
     ) -> (Status<'c>, Hit) {
-        let only = match &self.policy.rules.limiters[..] {
+        let only = match &self.policy.rules_of(key).limiters[..] {
             [limiter] => Some(&limiter.settings.limit),
             _ => None,
         };

@@ -35,6 +35,25 @@ fn of(requests_per_unit: u32, unit: Unit) -> RateLimit {
 }
 
 #[tokio::test]
+async fn a_policy_judges_with_its_overrides_and_reserves() {
+    let policy = "plan: {fixed_window: {limit: 10, per: 1m}, reserves: {critical: 20%}, overrides: [
+        {key: vip, fixed_window: {limit: 100, per: 1h}}, {prefix: bot-, token_bucket: {limit: 2, per: 1s}}]}";
+    let server = serve(&["plan"], policy).await;
+    let mut proxy = Proxy::of(&server).await;
+    // Two of ten are kept for callers that are critical.
+    assert_eq!(proxy.one(hits("plan", "a", 3)).await, Told::Ok(5));
+    assert_eq!(remaining(&server, "plan", "a").await, 5, "it is the policy's own bucket");
+    assert_eq!(proxy.one(hits("plan", "a", 6)).await, Told::Over(0));
+    assert_eq!(proxy.one(hits("plan", "vip", 30)).await, Told::Ok(50));
+    assert_eq!(proxy.one(hits("plan", "bot-7", 1)).await, Told::Ok(0));
+
+    assert_eq!(limit(&mut proxy, "plan", "b").await, (of(10, Unit::Minute), 40));
+    assert_eq!(limit(&mut proxy, "plan", "vip").await, (of(100, Unit::Hour), 2_800));
+    assert_eq!(limit(&mut proxy, "plan", "bot-8").await, (of(2, Unit::Second), 0));
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn of_several_limits_the_tightest_is_told() {
     let policy = "plan: {limits: [{fixed_window: {limit: 3, per: 1m}}, {fixed_window: {limit: 5, per: 1h}}]}";
     let server = serve(&["plan"], policy).await;
