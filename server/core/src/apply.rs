@@ -232,8 +232,10 @@ fn tell_uncharged(
         let plan = rule.policy.limit.plan(state, Ask { tokens, ..rule.ask }, now);
         let Level { remaining, reset_after } = plan.before;
         (verdict.remaining, verdict.reset_after) = (remaining, reset_after);
-        if verdict.admission != Admission::Allow {
-            verdict.admission = told(plan.admission, rule);
+        let admission = told(plan.admission, rule);
+        // A peek that found nothing left by the others would find it now, and is denied all the same.
+        if verdict.admission != Admission::Allow && admission != Admission::Allow {
+            verdict.admission = admission;
         }
     }
 }

@@ -118,3 +118,25 @@ async fn in_shadow_all_passes_and_each_descriptor_is_told_what_it_is() {
     assert_eq!(super::metric(&server, series).await, Some(1));
     server.stop().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_request_that_passes_is_charged_also_where_it_looks_at_what_it_takes() {
+    for algorithm in ["fixed_window", "token_bucket", "sliding_window"] {
+        let own = format!("domains: {{rl: {{charge: all_or_nothing, algorithm: {algorithm}}}}}");
+        let server = files().serve_with(&own, "").await;
+        let mut proxy = Proxy::of(&server).await;
+        let request = || [hits("path", "a", 3), peek("path", "a")];
+        let first = proxy.ask(request()).await;
+        let left = proxy.one(peek("path", "a")).await;
+        let charged = matches!(left, Told::Ok(0) | Told::Over(0));
+        assert_eq!(charged, !first.0, "{algorithm}: {first:?}, then {left:?}");
+        // The same of limits that the request carries, which are always windows.
+        let minute = super::RateLimitUnit::Minute;
+        let request =
+            [limited(hits("user", "a", 5), 100, minute), limited(peek("user", "a"), 3, minute)];
+        let carried = proxy.ask(request).await;
+        let left = proxy.one(limited(peek("user", "a"), 100, minute)).await;
+        assert_eq!(left == Told::Ok(95), !carried.0, "{algorithm}: {carried:?}, then {left:?}");
+        server.stop().await.unwrap();
+    }
+}
