@@ -93,13 +93,15 @@ fn watch() -> (Receiver<()>, Option<RecommendedWatcher>) {
     (changes, watcher.ok())
 }
 
-/// Watches the folder with all that is in it, and the one that it is in: that is where a link to it is swapped.
+/// Watches the folder with all that is in it, and those that it and the links on the way to it are in: that is where
+/// a link is swapped.
 fn watch_folder(watcher: &mut RecommendedWatcher, folder: &Path) {
-    let above = folder.parent().filter(|above| !above.as_os_str().is_empty());
-    for (folder, mode) in [
-        (above.unwrap_or(Path::new(".")), RecursiveMode::NonRecursive),
-        (folder, RecursiveMode::Recursive),
-    ] {
+    let swapped = folder.ancestors().filter(|path| *path == folder || path.is_symlink());
+    let here = |above: &Path| above.as_os_str().is_empty();
+    let above = swapped.filter_map(Path::parent);
+    let above = above.map(|above| if here(above) { Path::new(".") } else { above });
+    let above = above.map(|above| (above, RecursiveMode::NonRecursive));
+    for (folder, mode) in above.chain([(folder, RecursiveMode::Recursive)]) {
         // Of one that is not watched yet, or not there any more.
         let _ = watcher.unwatch(folder);
         if let Err(error) = watcher.watch(folder, mode) {

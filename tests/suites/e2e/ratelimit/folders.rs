@@ -76,6 +76,25 @@ async fn a_folder_that_is_a_link_is_followed_where_it_is_swapped() {
 }
 
 #[tokio::test]
+async fn a_link_far_above_the_folder_is_followed_where_it_is_swapped() {
+    // As envoyproxy/ratelimit has it: RUNTIME_ROOT is a link, in which are a subdirectory and `config`.
+    let above = TempDir::new().unwrap();
+    let inner = "ratelimit/config";
+    folder(&above.path().join("v1").join(inner), 1);
+    folder(&above.path().join("v2").join(inner), 2);
+    let current = above.path().join("current");
+    symlink("v1", &current).unwrap();
+    let server = serve(&current.join(inner)).await;
+    assert_eq!(limit(&server).await, Told::Ok(1));
+    swap(Path::new("v2"), &current);
+    loaded(&server, 2, 0).await;
+    assert_eq!(limit(&server).await, Told::Ok(2));
+    fs::write(current.join(inner).join("rl.yaml"), of(3)).unwrap();
+    loaded(&server, 3, 0).await;
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_folder_that_is_away_for_a_while_is_a_mistake_until_it_is_back() {
     let files = Files::of(&[("rl.yaml", &of(1))]);
     let server = files.serve().await;
