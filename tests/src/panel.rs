@@ -4,13 +4,17 @@ use std::sync::Arc;
 
 use fusebox_core::{Ask, Charging};
 use fusebox_server::{
-    app::Priority,
-    config::Config,
+    app::{App, Life, Priority},
+    config::{
+        Config, Durability,
+        envoy::{self, Ruleset, files::Loaded},
+    },
     storage::{
         self, Answer, CellAsk, Charge, Decided, Durable, Left, Recovered, RecoveryError, Start,
         Storage, StorageError, Writer, journal::OpenJournal,
     },
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{Counting, ManualClock};
 
@@ -32,6 +36,45 @@ pub fn recover(
         clock: Arc::clone(clock) as Arc<_>,
         entropy: &Counting::default(),
     })
+}
+
+/// What a file of Envoy's rules says, and a configuration of them.
+///
+/// # Panics
+/// If it says nothing.
+pub fn ruleset(settings: &str, file: &str) -> Ruleset {
+    let config = format!("envoy_ratelimit: {{config_dir: nowhere, {settings}}}");
+    let config = Config::parse("test.yaml", &config).expect("a configuration");
+    let settings = Arc::new(config.envoy_ratelimit.expect("settings"));
+    let files = [("rl.yaml".to_owned(), file.to_owned())];
+    let loaded = envoy::files::parse(&files, &settings);
+    let Loaded { rules, notes } = loaded.unwrap_or_else(|error| panic!("{error}"));
+    Ruleset { settings, rules, notes }
+}
+
+/// What decides by these rules alone, and what writes for it.
+///
+/// # Errors
+/// As [`storage::recover`].
+pub fn app(
+    journal: OpenJournal,
+    rules: &Ruleset,
+    clock: &Arc<ManualClock>,
+) -> Result<(App, Writer), RecoveryError> {
+    let entropy = Arc::new(Counting::default());
+    let recovered = storage::recover(Start {
+        journal,
+        accept_loss: false,
+        namespaces: &Default::default(),
+        rules: Some(rules),
+        durability: Durability::Strict,
+        clock: Arc::clone(clock) as Arc<_>,
+        entropy: &*entropy,
+    })?;
+    let Recovered { catalogue, cells, grants, operations, writer, clock, boot, secret, .. } =
+        recovered;
+    let life = Life { boot, secret, open: grants, draining: CancellationToken::new(), operations };
+    Ok((App::new(catalogue, cells, clock, entropy, life), writer))
 }
 
 /// Writes until nothing is left to write.

@@ -1,9 +1,17 @@
 //! Whatever bytes come as a request to Envoy's rate limit service, they are read or refused.
 
-use std::{fs, path::Path, thread};
+use std::{cell::Cell, fs, path::Path, thread};
 
-use fusebox_proto::envoy::service::ratelimit::v3::RateLimitRequest;
+use fusebox_proto::envoy::{
+    extensions::common::ratelimit::v3::{
+        RateLimitDescriptor,
+        rate_limit_descriptor::{Entry, RateLimitOverride},
+    },
+    service::ratelimit::v3::RateLimitRequest,
+};
+use fusebox_server::{grpc::ratelimit::parse, limits};
 use prost::Message;
+use tonic::Code;
 
 use crate::{Random, rounds};
 
@@ -13,9 +21,73 @@ fn check(bytes: &[u8]) {
     if let Ok(request) = RateLimitRequest::decode(bytes) {
         let again = request.encode_to_vec();
         assert_eq!(again.len(), request.encoded_len());
-        assert_eq!(RateLimitRequest::decode(&*again), Ok(request));
-        // What the service makes of a request belongs here: it is parsed or refused as well.
+        assert_eq!(RateLimitRequest::decode(&*again).as_ref(), Ok(&request));
+        check_parsed(&request);
     }
+}
+
+/// What the service takes is within its limits and says what was sent, and what it refuses is not.
+fn check_parsed(request: &RateLimitRequest) {
+    let parsed = match parse(request) {
+        Ok(parsed) => parsed,
+        Err(refused) => {
+            assert_eq!(refused.code(), Code::InvalidArgument);
+            assert!(!refused.message().is_empty() && !is_within_limits(request), "{refused}");
+            return;
+        }
+    };
+    assert!(is_within_limits(request));
+    assert_eq!(parsed.domain, request.domain);
+    assert_eq!(parsed.descriptors.clone().count(), request.descriptors.len());
+    for (parsed, sent) in parsed.descriptors.zip(&request.descriptors) {
+        let entries = sent.entries.iter().map(|entry| (&*entry.key, &*entry.value));
+        assert!(parsed.entries.eq(entries));
+        let limit = sent.limit.as_ref().map(|limit| limit.requests_per_unit);
+        assert_eq!(parsed.limit.map(|(requests, _)| requests), limit);
+        let of_request = request.hits_addend.max(1).into();
+        assert_eq!(parsed.hits, sent.hits_addend.unwrap_or(of_request));
+        assert_eq!(parsed.negative, sent.is_negative_hits);
+    }
+}
+
+fn is_within_limits(RateLimitRequest { domain, descriptors, .. }: &RateLimitRequest) -> bool {
+    let is_short = |text: &str| text.len() <= limits::DESCRIPTOR_VALUE_BYTES;
+    let is_sound = |RateLimitDescriptor { entries, limit, .. }: &RateLimitDescriptor| {
+        entries.len() <= limits::DESCRIPTOR_ENTRIES
+            && entries.iter().all(|entry| is_short(&entry.key) && is_short(&entry.value))
+            && limit.as_ref().is_none_or(|limit| (1..=6).contains(&limit.unit))
+    };
+    !domain.is_empty()
+        && is_short(domain)
+        && (1..=limits::DESCRIPTORS).contains(&descriptors.len())
+        && descriptors.iter().all(is_sound)
+}
+
+/// A number on either side of a limit, or far below it.
+fn around(random: &mut Random, limit: usize) -> usize {
+    if random.one_in(4) { limit - 1 + random.below(3) } else { random.below(3) }
+}
+
+fn request_around_limits(random: &mut Random) -> RateLimitRequest {
+    let text = |random: &mut Random| "x".repeat(around(random, limits::DESCRIPTOR_VALUE_BYTES));
+    let descriptor = |random: &mut Random| {
+        let entry = |random: &mut Random| Entry { key: text(random), value: text(random) };
+        RateLimitDescriptor {
+            entries: (0..around(random, limits::DESCRIPTOR_ENTRIES))
+                .map(|_| entry(random))
+                .collect(),
+            limit: random.one_in(4).then(|| RateLimitOverride {
+                requests_per_unit: random.next() as u32,
+                unit: random.below(9) as i32 - 1,
+            }),
+            hits_addend: random.one_in(2).then(|| random.next()),
+            is_negative_hits: random.one_in(2),
+        }
+    };
+    // Few are refused for two things at once, so that each limit is the only one now and then.
+    let count = around(random, limits::DESCRIPTORS);
+    let descriptors = (0..count).map(|_| descriptor(random)).collect();
+    RateLimitRequest { domain: text(random), descriptors, hits_addend: random.below(3) as u32 }
 }
 
 /// Tells the bytes that something does not hold for.
@@ -101,4 +173,16 @@ fn damaged_requests_are_read_or_refused() {
         }
         check(&bytes);
     });
+}
+
+#[test]
+fn requests_around_every_limit_are_taken_or_refused() {
+    let (taken, refused) = (Cell::new(0), Cell::new(0));
+    rounds(2_000, |mut random| {
+        let request = request_around_limits(&mut random);
+        check_parsed(&request);
+        let count = if is_within_limits(&request) { &taken } else { &refused };
+        count.set(count.get() + 1);
+    });
+    assert!(taken.get() > 0 && refused.get() > 0, "{taken:?} {refused:?}");
 }

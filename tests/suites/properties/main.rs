@@ -10,6 +10,7 @@ mod leases;
 mod linearizable;
 mod marks;
 mod model;
+mod ratelimit;
 mod retry_budget;
 mod sliding_window;
 mod token_bucket;
