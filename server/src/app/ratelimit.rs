@@ -280,19 +280,25 @@ impl<'c> Met<'c> {
             [limiter] => Some(&limiter.settings.limit),
             _ => None,
         };
-        let is_window = matches!(only, Some(Limit::Window(_)));
+        let window = match only {
+            Some(Limit::Window(window)) => Some(window.longest()),
+            _ => None,
+        };
         let denied = verdict.admission != Admission::Allow;
         // What comes back is never denied, but it may not be enough.
         let still_over = match verdict.spent.saturating_sub(descriptor.hits) {
-            spent if is_window => spent > verdict.limit,
+            spent if window.is_some() => spent > verdict.limit,
             _ => verdict.remaining == 0,
         };
         let over = denied || descriptor.negative && still_over;
-        let reset_after = if is_window {
-            // Also of one that nothing was counted in.
-            Duration::from_nanos(Wall::from_nanos(verdict.slice).nanos_since(now.wall))
-        } else {
-            verdict.reset_after
+        let reset_after = match window {
+            // Also of one that nothing was counted in; one that a clock which was set back sees far ahead ends no
+            // later than any.
+            Some(longest) => {
+                let end = Wall::from_nanos(verdict.slice);
+                Duration::from_nanos(end.nanos_since(now.wall)).min(longest)
+            }
+            None => verdict.reset_after,
         };
         let (per_unit, unit) = match (self.told, only.and_then(rate)) {
             (Some((per_unit, unit)), _) => (per_unit.into(), Some(unit)),
