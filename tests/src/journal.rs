@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use fusebox_server::storage::journal::{
     Batch, Journal, JournalError, Keyspace, OpenJournal, Stats, Visit,
 };
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 type Records = BTreeMap<(Keyspace, Vec<u8>), Vec<u8>>;
 
@@ -13,6 +13,29 @@ type Records = BTreeMap<(Keyspace, Vec<u8>), Vec<u8>>;
 #[derive(Default)]
 pub struct Simulated {
     disk: Arc<Mutex<Disk>>,
+    gate: Arc<Gate>,
+}
+
+/// What writes wait at while the disk hangs.
+#[derive(Default)]
+struct Gate {
+    hangs: Mutex<Hangs>,
+    opened: Condvar,
+}
+
+#[derive(Default)]
+struct Hangs {
+    is_shut: bool,
+    waiting: usize,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let mut hangs = self.hangs.lock();
+        hangs.waiting += 1;
+        self.opened.wait_while(&mut hangs, |hangs| hangs.is_shut);
+        hangs.waiting -= 1;
+    }
 }
 
 #[derive(Default)]
@@ -32,16 +55,17 @@ pub struct Copy(Records);
 /// The disk, as one life of a server has it open.
 struct Open {
     disk: Arc<Mutex<Disk>>,
+    gate: Arc<Gate>,
     life: u64,
 }
 
 impl Simulated {
     /// Opens this disk, as often as wanted.
     pub fn open(&self) -> OpenJournal {
-        let disk = Arc::clone(&self.disk);
+        let (disk, gate) = (Arc::clone(&self.disk), Arc::clone(&self.gate));
         Box::new(move || {
             let life = disk.lock().life;
-            Ok(Box::new(Open { disk, life }))
+            Ok(Box::new(Open { disk, gate, life }))
         })
     }
 
@@ -60,6 +84,22 @@ impl Simulated {
     /// From now on every write fails.
     pub fn fail(&self) {
         self.disk.lock().failing = true;
+    }
+
+    /// From now on every write hangs, until it [goes on](Self::go_on).
+    pub fn hang(&self) {
+        self.gate.hangs.lock().is_shut = true;
+    }
+
+    /// What hangs is written now.
+    pub fn go_on(&self) {
+        self.gate.hangs.lock().is_shut = false;
+        self.gate.opened.notify_all();
+    }
+
+    /// Whether a write hangs.
+    pub fn hangs(&self) -> bool {
+        self.gate.hangs.lock().waiting > 0
     }
 
     /// Overwrites the first record of a keyspace.
@@ -113,6 +153,7 @@ impl Journal for Open {
     }
 
     fn commit(&mut self, batch: Batch) -> Result<(), JournalError> {
+        self.gate.pass();
         let mut disk = self.alive()?;
         for write in batch.writes {
             let key = (write.keyspace, write.key);

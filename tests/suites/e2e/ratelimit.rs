@@ -7,6 +7,7 @@ mod hits;
 mod metrics;
 mod native;
 mod operators;
+mod races;
 mod reload;
 mod restart;
 mod together;
