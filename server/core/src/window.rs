@@ -190,9 +190,17 @@ impl Kind for WindowLimit {
     }
 
     fn mark(&self, state: State, step: u64, now: Moment) -> Mark {
-        // A mark alone never makes debt. Where there is some, nothing is admitted anyway.
-        let most = if state.spent > self.limit { u64::MAX } else { self.limit };
-        let ahead = state.spent.saturating_add(step).min(most);
+        let State { spent, .. } = state;
+        let ahead = if spent <= self.limit {
+            // A mark alone never makes debt.
+            spent.saturating_add(step).min(self.limit)
+        } else if step > 0 {
+            // Where there is some, nothing is admitted anyway: as much again, or a flood of what is denied would be
+            // written hit by hit.
+            spent.saturating_add(step.max(spent))
+        } else {
+            spent
+        };
         Mark { spent: ahead, at: now.time }
     }
 

@@ -4,7 +4,7 @@ use fusebox_proto::v1::{AcquireRequest, ListEventsRequest, admin_client::AdminCl
 use fusebox_server::storage::journal::Keyspace;
 use fusebox_tests::Server;
 
-use super::{Files, Machine, Proxy, Told, flagged, hits, limited, peek, rl, rule};
+use super::{Files, Machine, Proxy, Told, hits, limited, metric, peek, rl, rule};
 use crate::{
     ask,
     caller::{said, seconds},
@@ -68,6 +68,33 @@ async fn a_crash_keeps_counts_of_hours_and_empties_those_of_seconds() {
         assert_eq!(proxy.one(peek("fast", value)).await, Told::Ok(10));
     }
     server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_flood_of_what_is_denied_is_hardly_written() {
+    for limit in [0, 10, 1_000] {
+        let (machine, files) =
+            (Machine::default(), Files::of(&[("rl.yaml", &rl(&[rule("user", limit, "hour")]))]));
+        let server = machine.start(&files.config("", "")).await;
+        let mut proxy = Proxy::of(&server).await;
+        let written = async || metric(&server, "fusebox_journal_commits_total").await.unwrap();
+        assert_eq!(proxy.one(hits("user", "a", u64::from(limit) + 1)).await, Told::Over(0));
+        let before = written().await;
+        for _ in 0..500 {
+            assert_eq!(proxy.hit("user", "a").await, Told::Over(0));
+        }
+        let written = written().await - before;
+        assert!(written < 30, "{limit}: 500 hits, written in {written} commits");
+        machine.crash(server).await;
+
+        // A crash may take some more, of a window in which nothing is left anyway.
+        let server = machine.start(&files.config("", "")).await;
+        let mut proxy = Proxy::of(&server).await;
+        assert_eq!(proxy.one(peek("user", "a")).await, Told::Over(0));
+        server.advance(seconds(2_800));
+        assert_eq!(proxy.one(peek("user", "a")).await, Told::Ok(limit));
+        server.stop().await.unwrap();
+    }
 }
 
 #[tokio::test]
