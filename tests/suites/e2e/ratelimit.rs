@@ -14,17 +14,19 @@ mod together;
 
 use std::{fs, ops::Deref, path::PathBuf, sync::Arc};
 
-use fusebox_proto::envoy::{
-    extensions::common::ratelimit::v3::{
-        RateLimitDescriptor,
-        rate_limit_descriptor::{Entry, RateLimitOverride},
+use fusebox_proto::{
+    Entry,
+    envoy::{
+        extensions::common::ratelimit::v3::{
+            RateLimitDescriptor, rate_limit_descriptor::RateLimitOverride,
+        },
+        service::ratelimit::v3::{
+            RateLimitRequest, RateLimitResponse,
+            rate_limit_response::{Code, DescriptorStatus},
+            rate_limit_service_client::RateLimitServiceClient,
+        },
+        r#type::v3::RateLimitUnit,
     },
-    service::ratelimit::v3::{
-        RateLimitRequest, RateLimitResponse,
-        rate_limit_response::{Code, DescriptorStatus},
-        rate_limit_service_client::RateLimitServiceClient,
-    },
-    r#type::v3::RateLimitUnit,
 };
 use fusebox_server::run::RunError;
 use fusebox_tests::{ManualClock, Server, Simulated, eventually};
