@@ -384,3 +384,10 @@ pub const RULES_SETTLE: Duration = Duration::from_millis(250);
 
 /// Pause between two looks at the files of rules, where nothing tells of a change.
 pub const RULES_LOOKED_AT: Duration = Duration::from_secs(30);
+
+/// Time that a snapshot of the policies may be in use once it is replaced: a decision takes microseconds, a page of a
+/// list less than a second.
+pub const SNAPSHOT_IN_USE: Duration = Duration::from_secs(10);
+
+/// Pause between two looks at whether it still is.
+pub const SNAPSHOT_LOOKS: Duration = Duration::from_millis(1);

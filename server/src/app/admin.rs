@@ -676,9 +676,16 @@ impl App {
         };
         noted.told().await?;
         let catalogue = self.desk.registry.write().make(change);
-        self.catalogue.store(Arc::new(catalogue));
+        let former = self.catalogue.swap(Arc::new(catalogue));
         self.lines.wake_all();
         if slowed.is_empty() {
+            return Ok(());
+        }
+        if !is_let_go(&former).await {
+            // Until the next start a crash makes these cells empty, which is safe.
+            tracing::warn!(
+                "policies from before a change are still in use; some cells stay unwritten"
+            );
             return Ok(());
         }
         // Until all that was spent is on disk, a crash makes these cells empty.
@@ -795,6 +802,18 @@ impl App {
             expires_in: Duration::from_nanos(grant.ends_at().nanos_since(now)),
         }
     }
+}
+
+/// Whether nobody decides by a snapshot of the policies any more, some time after it was replaced: who does writes
+/// nothing down of what was fast in it.
+async fn is_let_go(former: &Arc<Catalogue>) -> bool {
+    let let_go = async {
+        // Who loaded it has a count of it by now, since it was swapped.
+        while Arc::strong_count(former) > 1 {
+            tokio::time::sleep(limits::SNAPSHOT_LOOKS).await;
+        }
+    };
+    tokio::time::timeout(limits::SNAPSHOT_IN_USE, let_go).await.is_ok()
 }
 
 /// Whether the Admin service may change a policy that is to be of that version.

@@ -79,7 +79,9 @@ async fn no_hit_is_lost_or_counted_twice_however_often_rules_are_loaded() {
     let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
     let (app, writer) = panel::app(journal.open(), &rules(0), &clock).unwrap();
     let (app, ends) = (Arc::new(app), Arc::new(AtomicBool::new(false)));
-    let writing = write(writer, &ends);
+    // It writes for as long as anybody waits for it.
+    let all_told = Arc::new(AtomicBool::new(false));
+    let writing = write(writer, &all_told);
     let users = ["a", "b", "c", "d"];
     let callers = users.map(|user| {
         let (app, ends) = (Arc::clone(&app), Arc::clone(&ends));
@@ -108,6 +110,7 @@ async fn no_hit_is_lost_or_counted_twice_however_often_rules_are_loaded() {
     }
     assert_eq!(spent(&app, "rl|path", "a"), of_path);
     assert_eq!(told(&app, "user"), of_users);
+    all_told.store(true, Ordering::Relaxed);
     writing.join().unwrap();
 
     // All of it survives, or a little more.
