@@ -4,6 +4,7 @@ mod algorithms;
 mod bad_input;
 mod folders;
 mod hits;
+mod keys;
 mod metrics;
 mod native;
 mod operators;

@@ -12,6 +12,9 @@ use fusebox_proto::envoy::{
 use fusebox_server::storage::journal::Nothing;
 use fusebox_tests::{ManualClock, PATIENCE, Server, eventually};
 use tonic::Code;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 use tonic_types::StatusExt;
 
 use super::{Files, Proxy, Told, descriptor, hits, limited, peek, request, rl, rule};
@@ -149,11 +152,18 @@ async fn a_server_that_starts_says_so_and_is_away_after_its_end() {
     let files = files();
     let server = Server::begin(journal, Arc::<ManualClock>::default(), &files.config("", "")).await;
     let mut proxy = Proxy::of(&server).await;
+    let mut health = HealthClient::new(server.channel().await);
+    let mut status = async || {
+        let service = "envoy.service.ratelimit.v3.RateLimitService".into();
+        let status = health.check(HealthCheckRequest { service }).await.expect("it is told");
+        status.into_inner().status()
+    };
     let refused = proxy.try_send(request([counted()])).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable);
     assert!(refused.message().starts_with("starting"), "{refused}");
+    assert_eq!(status().await, ServingStatus::NotServing);
     recover.send(()).unwrap();
-    eventually("it is ready", async || server.http("/readyz").await.0 == 200).await;
+    eventually("it serves", async || status().await == ServingStatus::Serving).await;
     assert_eq!(proxy.one(counted()).await, Told::Ok(4));
 
     server.ask_to_stop();
