@@ -9,29 +9,38 @@ use fusebox_server::{
         Config, Durability,
         envoy::{self, Ruleset, files::Loaded},
     },
+    lifecycle::Lifecycle,
     storage::{
         self, Answer, CellAsk, Charge, Decided, Durable, Left, Recovered, RecoveryError, Start,
-        Storage, StorageError, Writer, journal::OpenJournal,
+        Storage, StorageError, Writer,
+        journal::{Nothing, OpenJournal},
     },
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{Counting, ManualClock};
 
-/// Starts on a journal.
+/// Starts on a journal, with the rules of the folder that the configuration names, if it does.
 ///
 /// # Errors
 /// As [`storage::recover`].
+///
+/// # Panics
+/// If the rules are wrong.
 pub fn recover(
     journal: OpenJournal,
     config: &Config,
     clock: &Arc<ManualClock>,
 ) -> Result<Recovered, RecoveryError> {
+    let rules = config
+        .envoy_ratelimit
+        .clone()
+        .map(|settings| envoy::read(Arc::new(settings)).unwrap_or_else(|error| panic!("{error}")));
     storage::recover(Start {
         journal,
         accept_loss: false,
         namespaces: &config.namespaces,
-        rules: None,
+        rules: rules.as_ref(),
         durability: config.storage.durability,
         clock: Arc::clone(clock) as Arc<_>,
         entropy: &Counting::default(),
@@ -56,12 +65,11 @@ pub fn ruleset(settings: &str, file: &str) -> Ruleset {
 ///
 /// # Errors
 /// As [`storage::recover`].
-pub fn app(
+pub fn app_of_rules(
     journal: OpenJournal,
     rules: &Ruleset,
     clock: &Arc<ManualClock>,
 ) -> Result<(App, Writer), RecoveryError> {
-    let entropy = Arc::new(Counting::default());
     let recovered = storage::recover(Start {
         journal,
         accept_loss: false,
@@ -69,12 +77,30 @@ pub fn app(
         rules: Some(rules),
         durability: Durability::Strict,
         clock: Arc::clone(clock) as Arc<_>,
-        entropy: &*entropy,
+        entropy: &Counting::default(),
     })?;
+    Ok(app_of(recovered))
+}
+
+/// What callers can do with a server that keeps nothing, which is ready from here on.
+///
+/// # Panics
+/// If the configuration is wrong.
+pub fn app(lifecycle: &Lifecycle, config: &str) -> Arc<App> {
+    let config = Config::parse("test.yaml", config).expect("a configuration");
+    let recovered = recover(Nothing::open(), &config, &Arc::default()).expect("nothing recovers");
+    let disk = recovered.writer.disk();
+    let (app, _) = app_of(recovered);
+    let app = Arc::new(app);
+    lifecycle.recovered(Arc::clone(&app), disk);
+    app
+}
+
+fn app_of(recovered: Recovered) -> (App, Writer) {
     let Recovered { catalogue, cells, grants, operations, writer, clock, boot, secret, .. } =
         recovered;
     let life = Life { boot, secret, open: grants, draining: CancellationToken::new(), operations };
-    Ok((App::new(catalogue, cells, clock, entropy, life), writer))
+    (App::new(catalogue, cells, clock, Arc::new(Counting::default()), life), writer)
 }
 
 /// Writes until nothing is left to write.

@@ -4,7 +4,7 @@
 //! Each decision runs N and 2 N times in a process of its own, counted inside [`repeat`] only, where no clock is
 //! calibrated; the difference is what N of them take.
 
-use std::{env, hint::black_box, num::NonZeroU32, process::Command, sync::Arc, time::Duration};
+use std::{env, fs, hint::black_box, num::NonZeroU32, process::Command, sync::Arc, time::Duration};
 
 use clap::ValueEnum;
 use fusebox_core::{
@@ -12,10 +12,14 @@ use fusebox_core::{
     SlidingWindow, Time, TokenBucket, Wall, Window, WindowLimit,
 };
 use fusebox_server::{
-    catalogue::{Budget, Catalogue, CellHasher, Limiter, LimiterNumber, PolicyName},
+    app::{Caller, Descriptor, Principal, RatelimitRequest, Ratelimited},
+    catalogue::{Budget, Catalogue, CellHasher, Domains, Limiter, LimiterNumber, PolicyName},
     clock::{Clock, SystemClock},
+    config::{Config, envoy::files},
+    lifecycle::Lifecycle,
     storage::{Answer, CellAsk, Charge, Decided, Embedded, Keeping, Storage},
 };
+use fusebox_tests::panel::app;
 use governor::{
     Quota, RateLimiter,
     clock::{self, DefaultClock, FakeRelativeClock},
@@ -25,6 +29,7 @@ use governor::{
 
 use crate::{
     Result, print,
+    rules::{self, Others},
     table::{Table, figure},
 };
 
@@ -39,6 +44,12 @@ const PER: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Life of a permit, and of what a retry budget remembers.
 const TTL: Duration = Duration::from_secs(10);
+
+/// Rules of a file that has many.
+const MANY: u32 = 10_000;
+
+/// Settings of Envoy's rate limit service, where no folder is read.
+const RATELIMIT: &str = "envoy_ratelimit: {config_dir: none}";
 
 /// Time that passes between two decisions.
 const STEP: Duration = Duration::from_micros(1);
@@ -70,6 +81,16 @@ pub(crate) enum What {
     EmbeddedThree,
     /// As of one limit, and the server's clock.
     EmbeddedClock,
+    /// The rule of a descriptor and its bucket, of 10 rules.
+    Rule,
+    /// Of 10,000.
+    RuleOfMany,
+    /// Of 10,000 that end with a star.
+    RuleOfPrefixes,
+    /// All that a request of one descriptor to Envoy's rate limit service is.
+    Ratelimit,
+    /// The same, of three descriptors.
+    RatelimitThree,
     /// `governor`, by a clock that is a number.
     Governor,
     /// `governor`, by its default clock.
@@ -91,6 +112,11 @@ impl What {
             Self::Embedded => "`Embedded::apply`, with the hash of the key",
             Self::EmbeddedThree => "the same: token bucket, fixed and sliding window together",
             Self::EmbeddedClock => "`Embedded::apply`, with the hash of the key and a clock read",
+            Self::Rule => "`Domain::rule` and `Rule::key`, 10 rules",
+            Self::RuleOfMany => "the same: 10,000 rules",
+            Self::RuleOfPrefixes => "the same: 10,000 rules of one key, each of another prefix",
+            Self::Ratelimit => "`App::should_rate_limit`, 1 descriptor",
+            Self::RatelimitThree => "the same: 3 descriptors",
             Self::Governor => "`governor` `check_key`, fake clock",
             Self::GovernorClock => "`governor` `check_key`, default clock",
         }
@@ -100,7 +126,8 @@ impl What {
     fn twin(self) -> Option<Self> {
         match self {
             Self::EmbeddedClock => Some(Self::GovernorClock),
-            Self::Nothing | Self::Governor | Self::GovernorClock => None,
+            Self::Nothing | Self::Rule | Self::RuleOfMany | Self::RuleOfPrefixes => None,
+            Self::Governor | Self::GovernorClock => None,
             _ => Some(Self::Governor),
         }
     }
@@ -151,7 +178,8 @@ pub(crate) fn measure() -> Result<()> {
     table.note(
         "Counted by callgrind, less the loop's own. `governor` (GCRA, one atomic word for each key, behind its one locked \
          hash map) says yes or no; ours also tells limit, remaining and the wait until full, and remembers open estimates. \
-         The core alone finds no cell and locks nothing.",
+         The core alone finds no cell and locks nothing. What a proxy asks is found by its rule, decided as an ask is, \
+         counted and told; no message is read or written.",
     );
     print(&table.take_text())
 }
@@ -199,6 +227,11 @@ pub(crate) fn run(what: What, times: usize) -> Result<()> {
             let clock = SystemClock::default();
             embedded(&policies, each, || at(clock.monotonic()));
         }
+        What::Rule => rule(&rules::file(10, Others::Exact), each)?,
+        What::RuleOfMany => rule(&rules::file(MANY, Others::Exact), each)?,
+        What::RuleOfPrefixes => rule(&rules::file(MANY, Others::Prefixes), each)?,
+        What::Ratelimit => ratelimit(1, each, passes)?,
+        What::RatelimitThree => ratelimit(3, each, passes)?,
         What::Governor => {
             let clock = FakeRelativeClock::default();
             let advance = || clock.advance(STEP);
@@ -284,6 +317,50 @@ fn embedded(
         assert!(matches!(answer, Ok(Answer::Now(()))), "memory answers at once");
         assert!(black_box(&decided).decision.allowed, "there is enough");
     });
+}
+
+/// Looks up the rule of what each asks, and its bucket.
+fn rule(file: &str, each: impl Fn(&mut dyn FnMut(usize, &String))) -> Result<()> {
+    let settings = Config::parse("bench", RATELIMIT)?.envoy_ratelimit.ok_or("no settings")?;
+    let rules = files::parse(&[("bench.yaml".into(), file.into())], &settings)?.rules;
+    let domains = Domains::new(&settings, &rules, |_| None, &Domains::default());
+    let domain = domains.domain(rules::DOMAIN).ok_or("no domain")?;
+    each(&mut |_, key| {
+        let entries = [("remote_address", key.as_str())].into_iter();
+        let rule = black_box(domain).rule(entries.clone());
+        assert!(rule.is_some_and(|rule| black_box(rule.key(entries)).len() <= key.len()));
+    });
+    Ok(())
+}
+
+/// Asks the app as a proxy does, and makes no message of what it tells.
+fn ratelimit(
+    count: u32,
+    each: impl Fn(&mut dyn FnMut(usize, &String)),
+    mut now: impl FnMut() -> Moment,
+) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    fs::write(folder.path().join("bench.yaml"), rules::file(10, Others::Exact))?;
+    let config = format!("envoy_ratelimit: {{config_dir: {:?}}}", folder.path());
+    let app = app(&Lifecycle::default(), &config);
+    let asked: Vec<Vec<_>> = (0..KEYS as u32)
+        .map(|value| (0..count).map(|index| rules::descriptor(index, value)).collect())
+        .collect();
+    let principal = Principal::Anonymous;
+    each(&mut |index, _| {
+        let descriptors = asked[index].iter().map(|descriptor| Descriptor {
+            entries: descriptor.entries.iter().map(|entry| (&*entry.key, &*entry.value)),
+            limit: None,
+            hits: 1,
+            negative: false,
+        });
+        let request = RatelimitRequest { domain: rules::DOMAIN, descriptors };
+        let caller = Caller { principal, now: now() };
+        let passes = |limited: &Ratelimited<'_>| !black_box(limited).over;
+        let answer = black_box(&app).should_rate_limit(caller, request, passes);
+        assert!(matches!(answer, Ok(Answer::Now(true))), "there is enough, and it is told at once");
+    });
+    Ok(())
 }
 
 fn governed<C: clock::Clock>(

@@ -26,7 +26,7 @@ const SECONDS: f64 = 3.0;
 const COLUMNS: [&str; 5] = ["names so far", "RSS", "p50, ms", "p99, ms", "p99.9, ms"];
 
 pub(crate) async fn measure(options: &Options) -> Result<()> {
-    let home = Home::new(options, Engine::Memory)?;
+    let home = Home::new(options, Engine::Memory, 0)?;
     let server = home.start().await?;
     let client = Client::connect(format!("http://{}", server.grpc()), "bench").await?;
     // Spent before the flood: a bucket that was dropped to make room would be full again.

@@ -56,7 +56,7 @@ pub(crate) async fn measure(options: &Options) -> Result<()> {
 }
 
 async fn measure_engine(options: &Options, engine: Engine) -> Result<Vec<String>> {
-    let home = Home::new(options, engine)?;
+    let home = Home::new(options, engine, 0)?;
     let server = home.start().await.map_err(|error| format!("not started: {error}"))?;
     let traffic = || Traffic::new(Shape::Batch(1_000), "slow", Keys::Thousand);
     let load = Load::connect(&server, 1, &mut traffic()).await?;

@@ -14,6 +14,7 @@ mod machine;
 mod process;
 mod rival;
 mod rows;
+mod rules;
 mod table;
 mod traffic;
 
@@ -57,7 +58,7 @@ struct Options {
     #[arg(long, value_name = "TEXT")]
     rows: Vec<String>,
     /// What to measure.
-    #[arg(long, value_delimiter = ',', default_values = ["rows", "footprint", "instructions"])]
+    #[arg(long, value_delimiter = ',', default_values = ["rows", "footprint", "rules", "instructions"])]
     parts: Vec<Part>,
     /// Connections to a server, shared by its calls.
     #[arg(long, value_name = "COUNT", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
@@ -88,6 +89,8 @@ enum Part {
     Rows,
     /// Memory and disk for each live key, and the time that a restart takes.
     Footprint,
+    /// Start, reload and memory with many rules of Envoy's rate limit service.
+    Rules,
     /// Instructions of one decision, beside the crate `governor`; wants valgrind.
     Instructions,
     /// Ten million made-up names: memory, and what others notice of them.
@@ -144,6 +147,9 @@ async fn all(options: &Options) -> Result<()> {
     }
     if options.parts.contains(&Part::Footprint) {
         footprint::measure(options).await?;
+    }
+    if options.parts.contains(&Part::Rules) {
+        rules::measure(options).await?;
     }
     if options.parts.contains(&Part::Instructions) {
         decide::measure()?;

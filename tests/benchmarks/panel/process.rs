@@ -3,7 +3,7 @@
 use std::{
     env,
     fs::{self, File},
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader},
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -17,13 +17,16 @@ use tokio::{
     time::sleep,
 };
 
-use crate::{Options, Result};
+use crate::{
+    Options, Result,
+    rules::{self, Others},
+};
 
 /// Longer than any start or end takes.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Pause between two looks at something that is awaited.
-const LOOK: Duration = Duration::from_millis(2);
+pub(crate) const LOOK: Duration = Duration::from_millis(2);
 
 /// What is asked, and under which names.
 const POLICIES: &str = "
@@ -51,6 +54,9 @@ namespaces:
           - fixed_window: {limit: 1000000000, per: 1d}
           - sliding_window: {limit: 1000000000, per: 1d}
 ";
+
+/// Where the rules of Envoy's rate limit service are, if there are any.
+const RULES: &str = "envoy_ratelimit: {config_dir: rules}\n";
 
 /// Where a server keeps its state.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -87,7 +93,8 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    pub(crate) fn new(options: &Options, engine: Engine) -> Result<Self> {
+    /// With so many rules of Envoy's rate limit service; without one it is not served.
+    pub(crate) fn new(options: &Options, engine: Engine, rules: u32) -> Result<Self> {
         let mut builder = tempfile::Builder::new();
         builder.prefix("fusebox-bench-");
         let folder = match &options.data {
@@ -95,13 +102,25 @@ impl Home {
             None => builder.tempdir()?,
         };
         let storage = engine.settings();
-        let settings =
+        let mut settings =
             format!("listen: 127.0.0.1:0\nops_listen: 127.0.0.1:0\nstorage: {storage}\n{POLICIES}");
+        if rules > 0 {
+            settings += RULES;
+        }
         fs::write(folder.path().join("fusebox.yaml"), settings)?;
         let server = options.server.as_ref().ok_or("--server says which server to measure")?;
         let server =
             server.canonicalize().map_err(|error| format!("{}: {error}", server.display()))?;
-        Ok(Self { folder, server })
+        let home = Self { folder, server };
+        home.write_rules(&rules::file(rules, Others::Exact))?;
+        Ok(home)
+    }
+
+    /// Writes the file of rules, in the place of an earlier one.
+    pub(crate) fn write_rules(&self, text: &str) -> Result<()> {
+        let folder = self.folder.path().join("rules");
+        fs::create_dir_all(&folder)?;
+        Ok(fs::write(folder.join("bench.yaml"), text)?)
     }
 
     /// Starts the server and waits until it is ready.
@@ -207,15 +226,18 @@ impl Server {
         Err("the server does not end".into())
     }
 
+    /// What operations answer at that path, with its head.
+    pub(crate) async fn get(&self, path: &str) -> io::Result<String> {
+        let mut stream = TcpStream::connect(self.addresses[1]).await?;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok(answer)
+    }
+
     async fn is_ready(&self) -> bool {
-        let asked = async {
-            let mut stream = TcpStream::connect(self.addresses[1]).await?;
-            stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: bench\r\n\r\n").await?;
-            let mut answer = [0; 12];
-            stream.read_exact(&mut answer).await?;
-            std::io::Result::Ok(answer == *b"HTTP/1.1 200")
-        };
-        asked.await.unwrap_or(false)
+        self.get("/readyz").await.is_ok_and(|answer| answer.starts_with("HTTP/1.1 200"))
     }
 }
 

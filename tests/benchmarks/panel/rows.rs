@@ -8,7 +8,7 @@ use crate::{
     load::{Failures, Latency, Load, Saturation},
     print,
     process::{Engine, Home, Server},
-    table::{Table, beside, figure},
+    table::{Table, beside, count, figure},
     traffic::{Keys, Shape, Traffic},
 };
 
@@ -37,20 +37,48 @@ const COLUMNS: [&str; 11] = [
 struct Row {
     shape: Shape,
     engine: Engine,
-    policy: &'static str,
+    judge: Judge,
     keys: Keys,
     crowd: Crowd,
 }
 
+/// What decides.
+#[derive(Clone, Copy)]
+enum Judge {
+    /// The policy of that name.
+    Policy(&'static str),
+    /// Rules of Envoy's rate limit service, so many.
+    Rules(u32),
+}
+
 impl Row {
     fn name(self) -> String {
-        let Self { shape, engine, policy, keys, crowd } = self;
+        let Self { shape, engine, judge, keys, crowd } = self;
         let (engine, shape, keys) = (engine.name(), shape.name(), keys.name());
-        format!("{engine}, {shape}, {keys}, {policy} policy{}", crowd.name())
+        let judge = match judge {
+            Judge::Policy(policy) => format!("{policy} policy"),
+            Judge::Rules(rules) => format!("{} rules", count(rules)),
+        };
+        format!("{engine}, {shape}, {keys}, {judge}{}", crowd.name())
+    }
+
+    /// The policy; none of rules, which descriptors name by themselves.
+    fn policy(self) -> &'static str {
+        match self.judge {
+            Judge::Policy(policy) => policy,
+            Judge::Rules(_) => "",
+        }
+    }
+
+    fn rules(self) -> u32 {
+        match self.judge {
+            Judge::Policy(_) => 0,
+            Judge::Rules(rules) => rules,
+        }
     }
 
     fn traffic(self) -> Traffic {
-        Traffic::new(self.shape, self.policy, self.keys)
+        Traffic::new(self.shape, self.policy(), self.keys)
     }
 }
 
@@ -59,7 +87,9 @@ const OTHERS: [&str; 7] = ["fixed", "calendar", "sliding", "permits", "retries",
 
 /// All rows of one shape, with which they share the rival's.
 fn of_shape(shape: Shape) -> Vec<Row> {
-    let row = |engine, policy, keys| Row { shape, engine, policy, keys, crowd: Crowd::Nobody };
+    let of = |engine, judge, keys| Row { shape, engine, judge, keys, crowd: Crowd::Nobody };
+    let row = |engine, policy, keys| of(engine, Judge::Policy(policy), keys);
+    let ruled = |engine, rules| of(engine, Judge::Rules(rules), Keys::Thousand);
     let rows = |engine| match shape {
         Shape::Asks(1) => {
             let mut rows = vec![
@@ -80,17 +110,28 @@ fn of_shape(shape: Shape) -> Vec<Row> {
             rows
         }
         Shape::Asks(_) | Shape::Batch(_) => vec![row(engine, "slow", Keys::Thousand)],
+        // What is written is so as an ask's is: one row tells it.
+        Shape::Descriptors(1) => match engine {
+            Engine::Memory => vec![ruled(engine, 10), ruled(engine, 10_000)],
+            Engine::Relaxed => vec![],
+            Engine::Strict => vec![ruled(engine, 10)],
+        },
+        Shape::Descriptors(_) if engine == Engine::Memory => vec![ruled(engine, 10)],
+        Shape::Descriptors(_) => vec![],
     };
     Engine::ALL.into_iter().flat_map(rows).collect()
 }
 
-const SHAPES: [Shape; 6] = [
+const SHAPES: [Shape; 9] = [
     Shape::Asks(1),
     Shape::Asks(3),
     Shape::Asks(16),
     Shape::Batch(1),
     Shape::Batch(100),
     Shape::Batch(1_000),
+    Shape::Descriptors(1),
+    Shape::Descriptors(3),
+    Shape::Descriptors(8),
 ];
 
 pub(crate) fn list() -> Result<()> {
@@ -176,12 +217,12 @@ fn rate_of(options: &Options, group: &[Measured]) -> Result<f64> {
 }
 
 async fn measure_row(options: &Options, row: Row, rate: f64) -> Result<Figures> {
-    let home = Home::new(options, row.engine)?;
+    let home = Home::new(options, row.engine, row.rules())?;
     let server = home.start().await.map_err(|error| format!("not started: {error}"))?;
     let load = Load::connect(&server, options.connections, &mut row.traffic()).await?;
     if row.keys == Keys::Million {
         // All of them live, as they would after a day.
-        let (traffic, batches) = Traffic::each_once(row.policy, row.keys.count());
+        let (traffic, batches) = Traffic::each_once(row.policy(), row.keys.count());
         load.each(traffic, batches).await?;
     }
     let _there = row.crowd.gather(&server, &load).await?;

@@ -3,13 +3,19 @@
 use std::ops::Range;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use fusebox_proto::v1::{
-    AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, Ask, Client,
-    Decision,
+use fusebox_proto::{
+    envoy::service::ratelimit::v3::{
+        RateLimitRequest, RateLimitResponse,
+        rate_limit_response::{Code, DescriptorStatus},
+    },
+    v1::{
+        AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, Ask, Client,
+        Decision,
+    },
 };
 use prost::Message;
 
-use crate::{Result, table::count};
+use crate::{Result, rules, table::count};
 
 /// Flag and length, before each message of gRPC.
 pub(crate) const PREFIX: usize = 5;
@@ -27,6 +33,8 @@ pub(crate) enum Shape {
     Asks(u32),
     /// A batch of so many Acquires of one ask.
     Batch(u32),
+    /// Of Envoy's rate limit service: so many descriptors, each of which meets a rule.
+    Descriptors(u32),
 }
 
 impl Shape {
@@ -35,13 +43,15 @@ impl Shape {
             Self::Asks(1) => "1 ask".into(),
             Self::Asks(asks) => format!("{asks} asks"),
             Self::Batch(entries) => format!("batch of {}", count(entries)),
+            Self::Descriptors(1) => "ratelimit, 1 descriptor".into(),
+            Self::Descriptors(descriptors) => format!("ratelimit, {descriptors} descriptors"),
         }
     }
 
-    /// What is decided in one call: asks, each of which is charged.
+    /// What is decided in one call: asks or descriptors, each of which is charged.
     pub(crate) fn decisions(self) -> u32 {
         match self {
-            Self::Asks(count) | Self::Batch(count) => count,
+            Self::Asks(count) | Self::Batch(count) | Self::Descriptors(count) => count,
         }
     }
 
@@ -50,14 +60,16 @@ impl Shape {
         match self {
             Self::Asks(_) => "/fusebox.v1.Resilience/Acquire",
             Self::Batch(_) => "/fusebox.v1.Resilience/AcquireBatch",
+            Self::Descriptors(_) => "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit",
         }
     }
 
     /// Whether an answer is as long as it says and begins with an allowed Acquire. Cheap, for each answer.
     pub(crate) fn begins_allowed(self, start: &[u8], length: usize) -> bool {
         // Field 1 of AcquireResponse is a varint, the decision; of AcquireBatchResponse the first response,
-        // with one verdict and thus shorter than 128 bytes.
+        // with one verdict and thus shorter than 128 bytes; of RateLimitResponse a varint, the code of all.
         const ALLOWED: [u8; 2] = [1 << 3, Decision::Allow as u8];
+        const OK: [u8; 2] = [1 << 3, Code::Ok as u8];
         let Some((prefix, message)) = start.split_at_checked(PREFIX) else { return false };
         let promised = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]);
         prefix[0] == 0
@@ -65,6 +77,7 @@ impl Shape {
             && match self {
                 Self::Asks(_) => message.starts_with(&ALLOWED),
                 Self::Batch(_) => message.get(2..).is_some_and(|first| first.starts_with(&ALLOWED)),
+                Self::Descriptors(_) => message.starts_with(&OK),
             }
     }
 
@@ -74,6 +87,9 @@ impl Shape {
         let responses = match self {
             Self::Asks(_) => vec![AcquireResponse::decode(message)?],
             Self::Batch(_) => AcquireBatchResponse::decode(message)?.responses,
+            Self::Descriptors(_) => {
+                return self.check_statuses(&RateLimitResponse::decode(message)?);
+            }
         };
         let allowed = responses.iter().all(|response| response.decision() == Decision::Allow);
         let verdicts: Vec<_> = responses.iter().flat_map(|response| &response.verdicts).collect();
@@ -85,6 +101,22 @@ impl Shape {
             Ok(())
         } else {
             Err(format!("not {} allowed asks: {responses:?}", self.decisions()).into())
+        }
+    }
+
+    fn check_statuses(self, response: &RateLimitResponse) -> Result<()> {
+        let complete = |status: &&DescriptorStatus| {
+            status.code() == Code::Ok
+                && status.current_limit.is_some()
+                && status.duration_until_reset.is_some()
+        };
+        let statuses = &response.statuses;
+        if response.overall_code() == Code::Ok
+            && statuses.iter().filter(complete).count() == self.decisions() as usize
+        {
+            Ok(())
+        } else {
+            Err(format!("not {} limits that are OK: {response:?}", self.decisions()).into())
         }
     }
 }
@@ -133,7 +165,7 @@ impl Traffic {
     /// Calls of one shape on a policy.
     pub(crate) fn new(shape: Shape, policy: &str, keys: Keys) -> Self {
         let calls = match shape {
-            Shape::Asks(_) => keys.count(),
+            Shape::Asks(_) | Shape::Descriptors(_) => keys.count(),
             Shape::Batch(entries) => (keys.count() / entries).max(1),
         };
         let order = match keys {
@@ -217,6 +249,13 @@ fn put(frames: &mut BytesMut, shape: Shape, policy: &str, call: u32) {
             put_message(
                 frames,
                 &AcquireBatchRequest { namespace, requests, ..AcquireBatchRequest::default() },
+            );
+        }
+        Shape::Descriptors(count) => {
+            let descriptors = (0..count).map(|index| rules::descriptor(index, call)).collect();
+            put_message(
+                frames,
+                &RateLimitRequest { domain: rules::DOMAIN.into(), descriptors, hits_addend: 0 },
             );
         }
     }

@@ -5,6 +5,7 @@
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
+    fs,
     sync::Arc,
     time::Duration,
 };
@@ -12,16 +13,16 @@ use std::{
 use fusebox_core::{Admission, Reason, Verdict};
 use fusebox_proto::v1::{AcquireRequest, Ask, resilience_server::Resilience};
 use fusebox_server::{
-    app::{self, Acquire, App, Entry, Principal, Priority},
-    config::Config,
+    app::{
+        self, Acquire, App, Descriptor, Entry, Principal, Priority, RatelimitRequest, Ratelimited,
+    },
     counters::Decisions,
     grpc::{Answers, Service},
     lifecycle::Lifecycle,
     metrics::Metrics,
-    storage::{self, Answer, journal::Nothing},
+    storage::Answer,
 };
-use fusebox_tests::{Counting, ManualClock, panel::recover};
-use tokio_util::sync::CancellationToken;
+use fusebox_tests::panel::app;
 use tonic::Code;
 
 struct Counted;
@@ -62,20 +63,6 @@ namespaces:
       many: {token_bucket: {limit: 1000000, per: 1m}}
 ";
 
-fn app(lifecycle: &Lifecycle) -> Arc<App> {
-    let config = Config::parse("test.yaml", CONFIG).unwrap();
-    let (clock, entropy) = (Arc::<ManualClock>::default(), Arc::<Counting>::default());
-    let recovered = recover(Nothing::open(), &config, &clock).unwrap();
-    let disk = recovered.writer.disk();
-    let storage::Recovered { catalogue, cells, grants, operations, clock, boot, secret, .. } =
-        recovered;
-    let draining = CancellationToken::new();
-    let life = app::Life { boot, secret, open: grants, operations, draining };
-    let app = Arc::new(App::new(catalogue, cells, clock, entropy, life));
-    lifecycle.recovered(Arc::clone(&app), disk);
-    app
-}
-
 fn decide(app: &Arc<App>, policies: &[&str], cost: u64) -> bool {
     let ask = |policy| app::Ask { policy, key: "key", cost, estimated: false, lease: 0 };
     let asks = policies.iter().copied().map(ask);
@@ -95,13 +82,67 @@ fn the_counter_counts() {
 
 #[test]
 fn a_decision_on_live_cells_allocates_nothing() {
-    let app = app(&Lifecycle::default());
+    let app = app(&Lifecycle::default(), CONFIG);
     for policies in [&["some"][..], &["many"], &["some", "many"]] {
         decide(&app, policies, 1); // the cells are born
         for cost in [0, 1, 1, 1, 1] {
             assert_eq!(allocations(|| decide(&app, policies, cost)).0, 0, "{policies:?} {cost}");
         }
     }
+}
+
+const RULES: &str = "
+domain: edge
+descriptors:
+  - {key: remote_address, rate_limit: {unit: minute, requests_per_unit: 3}}
+  - key: path
+    value: /api/*
+    descriptors:
+      - {key: user, rate_limit: {unit: hour, requests_per_unit: 1000}}
+  - {key: user, detailed_metric: true, rate_limit: {name: each, unit: hour, requests_per_unit: 1000}}
+  - {key: method, value: POST, shadow_mode: true, rate_limit: {unit: minute, requests_per_unit: 1}}
+  - {key: tenant, rate_limit: {replaces: [{name: each}], unit: hour, requests_per_unit: 1000}}
+  - {key: host, rate_limit: {unlimited: true}}
+";
+
+/// What a proxy asks: the first so many of these.
+const DESCRIPTORS: [&[(&str, &str)]; 8] = [
+    &[("remote_address", "10.0.0.1")],
+    &[("path", "/api/orders"), ("user", "alice")],
+    &[("user", "alice")],
+    &[("method", "POST")],
+    &[("tenant", "acme")],
+    &[("host", "example.org")],
+    &[("path", "/")],
+    &[("remote_address", "10.0.0.2")],
+];
+
+#[test]
+fn what_a_proxy_asks_of_live_cells_allocates_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("edge.yaml"), RULES).unwrap();
+    let config = format!("envoy_ratelimit: {{config_dir: {:?}}}", folder.path());
+    let app = app(&Lifecycle::default(), &config);
+    let ask = |count| {
+        let descriptors = DESCRIPTORS[..count].iter().map(|entries| {
+            let entries = entries.iter().copied();
+            Descriptor { entries, limit: None, hits: 1, negative: false }
+        });
+        let request = RatelimitRequest { domain: "edge", descriptors };
+        let caller = app.caller(Principal::Anonymous);
+        let over = |limited: &Ratelimited<'_>| limited.over;
+        match app.should_rate_limit(caller, request, over).unwrap() {
+            Answer::Now(over) => over,
+            Answer::Later(..) => panic!("memory answers at once"),
+        }
+    };
+    for count in [1, 3, 8] {
+        ask(count); // the buckets are born
+        for _ in 0..5 {
+            assert_eq!(allocations(|| ask(count)).0, 0, "{count} descriptors");
+        }
+    }
+    assert!(ask(1), "what is over a limit was among them");
 }
 
 #[test]
@@ -137,7 +178,7 @@ fn counting_allocates_nothing() {
 #[test]
 fn the_service_allocates_its_future_and_its_verdicts() {
     let lifecycle = Arc::new(Lifecycle::default());
-    app(&lifecycle);
+    app(&lifecycle, CONFIG);
     let service = Service::new(lifecycle, Arc::new(Answers::new([0; 16])));
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let request = || {

@@ -70,7 +70,7 @@ fn app(unit: Unit, limit: u32, settings: &str) -> (App, Arc<ManualClock>) {
     let rate_limit = format!("rate_limit: {{unit: {}, requests_per_unit: {limit}}}", unit.name());
     let file = format!("domain: rl\ndescriptors: [{{key: user, {rate_limit}}}]");
     let rules = panel::ruleset(settings, &file);
-    let (app, _) = panel::app(Nothing::open(), &rules, &clock).unwrap();
+    let (app, _) = panel::app_of_rules(Nothing::open(), &rules, &clock).unwrap();
     (app, clock)
 }
 

@@ -77,7 +77,7 @@ fn told(app: &App, wanted: &str) -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_hit_is_lost_or_counted_twice_however_often_rules_are_loaded() {
     let (journal, clock) = (Simulated::default(), Arc::<ManualClock>::default());
-    let (app, writer) = panel::app(journal.open(), &rules(0), &clock).unwrap();
+    let (app, writer) = panel::app_of_rules(journal.open(), &rules(0), &clock).unwrap();
     let (app, ends) = (Arc::new(app), Arc::new(AtomicBool::new(false)));
     // It writes for as long as anybody waits for it.
     let all_told = Arc::new(AtomicBool::new(false));
@@ -116,7 +116,7 @@ async fn no_hit_is_lost_or_counted_twice_however_often_rules_are_loaded() {
     // All of it survives, or a little more.
     journal.lose_power();
     let users = users.map(|user| (user, spent(&app, "rl|user", user)));
-    let (app, _writer) = panel::app(journal.open(), &rules(RELOADS), &clock).unwrap();
+    let (app, _writer) = panel::app_of_rules(journal.open(), &rules(RELOADS), &clock).unwrap();
     for (user, before) in users {
         let after = spent(&app, "rl|user", user);
         assert!((before..before + 20_000).contains(&after), "{user}: {before}, then {after}");
