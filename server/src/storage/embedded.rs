@@ -389,7 +389,8 @@ impl Storage for Embedded {
             let cells = charge.asks.iter().map(|ask| ask.cell);
             let shared = charge.asks.iter().filter_map(|ask| ask.overflow);
             let shared = shared.take(if overflows { usize::MAX } else { 0 });
-            let mut locked = Locked::new(self, cells.chain(shared));
+            let mut locked = Locked::default();
+            locked.lock(self, cells.chain(shared));
             self.check_alive()?;
             let now = locked.not_before_a_sweep(now);
             let mut found = ArrayVec::<Found<'_>, MAX_RULES>::new();
@@ -453,7 +454,8 @@ impl Storage for Embedded {
         now: Moment,
     ) -> Result<Answer<Settled<Cell>>, StorageError> {
         let Settlement { cell: id, judge, revision, mut known } = *settlement;
-        let mut locked = Locked::new(self, [id]);
+        let mut locked = Locked::default();
+        locked.lock(self, [id]);
         self.check_alive()?;
         let now = locked.not_before_a_sweep(now);
         let found = locked.find(id, judge.counted_by(&locked, id), judge.catalogue, now);
@@ -485,7 +487,8 @@ impl Storage for Embedded {
         change: &mut dyn FnMut(Cell) -> Option<Cell>,
         now: Moment,
     ) -> Result<Answer<bool>, StorageError> {
-        let mut locked = Locked::new(self, [id]);
+        let mut locked = Locked::default();
+        locked.lock(self, [id]);
         self.check_alive()?;
         let now = locked.not_before_a_sweep(now);
         let found = locked.find(id, judge.limiter, judge.catalogue, now);
@@ -552,7 +555,8 @@ impl Storage for Embedded {
     }
 
     fn look(&self, id: CellId, judge: Judge<'_>, now: Moment) -> Option<Cell> {
-        let locked = Locked::new(self, [id]);
+        let mut locked = Locked::default();
+        locked.lock(self, [id]);
         let now = locked.not_before_a_sweep(now);
         locked.find(id, judge.limiter, judge.catalogue, now).cell
     }
@@ -682,6 +686,7 @@ impl<'a> Judge<'a> {
 
 /// The locks of the shards that some cells live in, taken in the order of the shards: two callers that
 /// want the same ones never wait for each other in a circle.
+#[derive(Default)]
 struct Locked<'a> {
     shards: ArrayVec<(usize, MutexGuard<'a, Shard>), { 2 * MAX_RULES }>,
 }
@@ -704,18 +709,19 @@ impl<'a> Found<'a> {
 }
 
 impl<'l> Locked<'l> {
-    fn new(storage: &'l Embedded, ids: impl IntoIterator<Item = CellId>) -> Self {
-        // Filled where they lie: these are kilobytes, of which nearly all callers need a few bytes.
+    /// Locks the shards of these cells, where nothing is locked yet.
+    ///
+    /// Not what makes a `Locked`: these are kilobytes, of which nearly all callers need a few bytes, and they are
+    /// filled where they lie.
+    fn lock(&mut self, storage: &'l Embedded, ids: impl IntoIterator<Item = CellId>) {
         let mut wanted = ArrayVec::<usize, { 2 * MAX_RULES }>::new();
         wanted.extend(ids.into_iter().map(shard_of));
         wanted.sort_unstable();
-        let mut locked = Self { shards: ArrayVec::new() };
         for index in &wanted {
-            if locked.shards.last().is_none_or(|(last, _)| last != index) {
-                locked.shards.push((*index, storage.shards[*index].lock()));
+            if self.shards.last().is_none_or(|(last, _)| last != index) {
+                self.shards.push((*index, storage.shards[*index].lock()));
             }
         }
-        locked
     }
 
     /// `now`, or the latest sweep of these shards.
