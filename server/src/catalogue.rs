@@ -254,7 +254,7 @@ impl Policy {
         ask: Ask,
         priority: Priority,
         now: Moment,
-    ) -> impl Iterator<Item = CellAsk<'a>> + use<'a> {
+    ) -> impl ExactSizeIterator<Item = CellAsk<'a>> + use<'a> {
         let rules = self.rules_of(key);
         let cell = self.cells.cell(key);
         rules.limiters.iter().enumerate().map(move |(index, limiter)| CellAsk {

@@ -190,15 +190,16 @@ impl App {
             let limit = told.filter(|_| rule.is_none()).map(|(per_unit, _)| per_unit.into());
             let ask = Ask { limit, ..Ask::spend(descriptor.hits).to(descriptor.purpose()) };
             let held = self.is_held_for(policy, key, Priority::Normal);
-            let before = rules.len();
-            for one in policy.asks(key, ask, Priority::Normal, caller.now) {
-                let shadow = one.shadow || shadow || quota && is_free;
-                let one = CellAsk { shadow, quota, held: held && !shadow, ..one };
-                rules.try_push(one).map_err(|_| RatelimitError::TooManyLimits)?;
+            let asks = policy.asks(key, ask, Priority::Normal, caller.now);
+            let (count, weight) = (asks.len(), descriptor.hits);
+            if count > rules.remaining_capacity() {
+                return Err(RatelimitError::TooManyLimits);
             }
-            let weight = descriptor.hits;
-            let rules = rules.len() - before;
-            named.push(Named { policy, rules, counts: weight > 0, key, weight });
+            rules.extend(asks.map(|one| {
+                let shadow = one.shadow || shadow || quota && is_free;
+                CellAsk { shadow, quota, held: held && !shadow, ..one }
+            }));
+            named.push(Named { policy, rules: count, counts: weight > 0, key, weight });
         }
 
         let mut decided = Decided::default();
@@ -218,9 +219,10 @@ impl App {
         }
 
         let mut verdicts = decided.decision.verdicts.iter();
-        let mut statuses = ArrayVec::new();
+        // Filled where they lie: these are kilobytes, of which nearly all callers need a few bytes.
+        let mut limited = Ratelimited { settings, over: false, statuses: ArrayVec::new() };
         for ((meets, key), descriptor) in meets.iter().zip(&keys).zip(descriptors) {
-            statuses.push(match (meets, domain) {
+            limited.statuses.push(match (meets, domain) {
                 (Meets::Unlimited(_), _) => Status { unlimited: true, ..Status::default() },
                 (Meets::Limit(met), Some(domain)) => {
                     // There is one for each limit that is met.
@@ -237,12 +239,11 @@ impl App {
                 }
             });
         }
-        let mut over = is_over(&statuses);
-        if over && settings.shadow_mode {
+        limited.over = is_over(&limited.statuses);
+        if limited.over && settings.shadow_mode {
             self.passed_in_shadow.fetch_add(1, Ordering::Relaxed);
-            over = false;
+            limited.over = false;
         }
-        let limited = Ratelimited { settings, over, statuses };
         Ok(answer.map(|()| tell(&limited)))
     }
 }
