@@ -158,7 +158,7 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     if !clean {
         tracing::warn!(
             "the last stop was not clean: what is never written starts empty, which is policies that fill \
-             within {:?} or only watch, and retry budgets",
+             within {:?}, and retry budgets",
             limits::FAST_FILL
         );
     }

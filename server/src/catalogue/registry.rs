@@ -142,6 +142,8 @@ pub(crate) struct Known {
     is_fast: bool,
     /// Its cells are written from now on, but maybe not all of them are yet: a crash would make them empty.
     is_turning_slow: bool,
+    /// Its cells are not written only because the policy watches.
+    watches: bool,
     /// What the configuration says of its durability; `None` if it does not name the limiter.
     configured: Option<Durability>,
 }
@@ -423,6 +425,12 @@ impl Registry {
         fast.map(|known| known.number).collect()
     }
 
+    /// Limiters whose cells are not written only because their policy watches.
+    pub(crate) fn watching(&self) -> HashSet<LimiterNumber> {
+        let watching = self.limiters.values().filter(|known| known.watches);
+        watching.map(|known| known.number).collect()
+    }
+
     /// Forgets limiters that nothing is counted by.
     pub(crate) fn forget(&mut self, done: &[LimiterId]) {
         for id in done {
@@ -594,18 +602,22 @@ impl Known {
     /// knows what cells that are not written while they live had spent: all of it.
     pub(crate) fn of(record: LimiterRecord, clean: bool, now: Moment) -> Option<(LimiterId, Self)> {
         let mut settings = record.policy()?;
-        if record.fast && !clean {
+        // What only watched had admitted nothing by its limits: its cells are as they were written before.
+        let was_fast = record.fast && !record.watches;
+        if was_fast && !clean {
             settings = settings.emptied(now);
         } else if settings.absent_full_at(now).is_some_and(|full_at| full_at <= now.time) {
             settings.absent = None;
         }
-        let LimiterRecord { namespace, name: policy, keys, index, number, fast, .. } = record;
+        let LimiterRecord { namespace, name: policy, keys, index, number, fast, watches, .. } =
+            record;
         let known = Self {
             number: LimiterNumber(number),
             settings,
-            was_fast: fast,
+            was_fast,
             is_fast: fast,
             is_turning_slow: false,
+            watches,
             configured: None,
         };
         Some((LimiterId { namespace, policy, keys, index }, known))
@@ -615,6 +627,7 @@ impl Known {
         let names = (id.namespace.as_str(), id.policy.as_str());
         let keys = (id.keys.as_str(), id.index);
         let fast = self.is_fast || self.is_turning_slow;
+        let fast = (fast, self.watches);
         let record = LimiterRecord::of(names, keys, self.number, &self.settings, fast);
         Write::put(Keyspace::Policies, id.to_key(), record.encode_to_vec())
     }
@@ -645,7 +658,8 @@ fn limiters_of(
         let max_debt = policy.max_debt_of(limit);
         let id = LimiterId::of(name, keys, index);
         // What only watches is not worth a write either.
-        let fast = policy.shadow || all_fast || matches!(limit, Limit::RetryBudget(_));
+        let by_kind = all_fast || matches!(limit, Limit::RetryBudget(_));
+        let fast = policy.shadow || by_kind;
         let mut one = known(&id).unwrap_or_else(|| {
             let number = LimiterNumber(*next);
             *next += 1;
@@ -655,6 +669,7 @@ fn limiters_of(
                 was_fast: false,
                 is_fast: fast,
                 is_turning_slow: false,
+                watches: false,
                 configured: None,
             }
         });
@@ -665,6 +680,7 @@ fn limiters_of(
         one.settings.max_debt = max_debt;
         one.is_turning_slow = (one.is_turning_slow || one.is_fast) && !fast;
         one.is_fast = fast;
+        one.watches = policy.shadow && !by_kind;
         limiters.insert(id, one);
     }
     limiters

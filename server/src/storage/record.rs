@@ -148,6 +148,9 @@ pub(crate) struct LimiterRecord {
     /// The first revision since which it has been of one kind; 0 if its formers say.
     #[prost(uint32, tag = "12")]
     like_since: u32,
+    /// Its cells are not written only because the policy watches: what a crash forgets was no promise.
+    #[prost(bool, tag = "13")]
+    pub(crate) watches: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -311,7 +314,7 @@ impl LimiterRecord {
         (keys, index): (&str, u32),
         number: LimiterNumber,
         policy: &Policy,
-        fast: bool,
+        (fast, watches): (bool, bool),
     ) -> Self {
         Self {
             namespace: namespace.to_owned(),
@@ -325,6 +328,7 @@ impl LimiterRecord {
             max_debt: policy.max_debt,
             formers: policy.formers.iter().map(FormerRecord::of).collect(),
             fast,
+            watches,
             absent: policy
                 .absent
                 .map(|cell| CellRecord::of(&Kept { number, cell, is_overflow: false })),

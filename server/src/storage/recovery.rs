@@ -232,6 +232,7 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
         now: clock.now(),
         exact_of,
         were_fast,
+        watching: registry.watching(),
         in_use: HashSet::new(),
         gone: Vec::new(),
     };
@@ -334,6 +335,7 @@ struct Revival<'a> {
     /// The start whose clean stop is to be believed.
     exact_of: Option<u64>,
     were_fast: HashSet<LimiterNumber>,
+    watching: HashSet<LimiterNumber>,
     /// Limiters that have records.
     in_use: HashSet<LimiterNumber>,
     /// Records that no longer say anything.
@@ -386,7 +388,9 @@ impl Revival<'_> {
             None => !self.catalogue.has(limiter) && state.out() == 0,
         };
         let stale = !exact && self.were_fast.contains(&kept.number);
-        let on_disk = limiter.keeping != Keeping::AtStop;
+        // What was written of one before it watched stays until it watches no more.
+        let watches = self.watching.contains(&kept.number);
+        let on_disk = limiter.keeping != Keeping::AtStop || watches;
         if stale || leaves || !on_disk {
             self.gone.push(Write::delete(Keyspace::Cells, id.to_bytes()));
         }
