@@ -129,6 +129,13 @@ enum Meets<'c> {
     Limit(Met<'c>),
 }
 
+/// What is asked for all descriptors together: each that meets a limit, and the rules that judge it.
+#[derive(Default)]
+struct Asks<'c> {
+    named: ArrayVec<Named<'c>, { limits::DESCRIPTORS }>,
+    rules: ArrayVec<CellAsk<'c>, MAX_RULES>,
+}
+
 /// A limit that a descriptor meets.
 #[derive(Clone, Copy)]
 struct Met<'c> {
@@ -180,36 +187,23 @@ impl App {
             Meets::Limit(Met { rule: Some(rule), .. }) => rule.key(descriptor.entries),
             Meets::Limit(Met { policy, .. }) => Key::of_all(name, descriptor.entries, policy),
         }));
+        let mut asks = Asks::default();
         // A descriptor that nothing limits is as good as one whose quota is left.
         let is_free = settings.quota_mode && meets.iter().any(|met| matches!(met, Meets::Nothing));
-        let mut named = ArrayVec::<_, { limits::DESCRIPTORS }>::new();
-        let mut rules = ArrayVec::<_, MAX_RULES>::new();
         for ((meets, key), descriptor) in meets.iter().zip(&keys).zip(descriptors.clone()) {
-            let Meets::Limit(Met { policy, rule, told, shadow, quota }) = *meets else { continue };
-            // The limit of a rule is the policy's own.
-            let limit = told.filter(|_| rule.is_none()).map(|(per_unit, _)| per_unit.into());
-            let ask = Ask { limit, ..Ask::spend(descriptor.hits).to(descriptor.purpose()) };
-            let held = self.is_held_for(policy, key, Priority::Normal);
-            let asks = policy.asks(key, ask, Priority::Normal, caller.now);
-            let (count, weight) = (asks.len(), descriptor.hits);
-            if count > rules.remaining_capacity() {
-                return Err(RatelimitError::TooManyLimits);
+            if let Meets::Limit(met) = meets {
+                self.ask(met, key, &descriptor, is_free, caller.now, &mut asks)?;
             }
-            rules.extend(asks.map(|one| {
-                let shadow = one.shadow || shadow || quota && is_free;
-                CellAsk { shadow, quota, held: held && !shadow, ..one }
-            }));
-            named.push(Named { policy, rules: count, counts: weight > 0, key, weight });
         }
 
+        let Asks { named, rules } = &asks;
         let mut decided = Decided::default();
         let mut answer = Answer::Now(());
         if let Some(domain) = domain.filter(|_| !rules.is_empty()) {
             let charging = domain.charging;
-            let charge = Charge { charging, asks: &rules, catalogue: &catalogue };
+            let charge = Charge { charging, asks: rules, catalogue: &catalogue };
             answer = self.storage.apply(&charge, None, caller.now, &mut decided)?;
-            let resolved =
-                Resolved { catalogue: &catalogue, asks: &named, rules: &rules, client: None };
+            let resolved = Resolved { catalogue: &catalogue, asks: named, rules, client: None };
             if named.len() < rules.len() {
                 let ends: ArrayVec<usize, { limits::DESCRIPTORS }> = resolved.ends().collect();
                 decided.decision.merge(&ends);
@@ -245,6 +239,34 @@ impl App {
             limited.over = false;
         }
         Ok(answer.map(|()| tell(&limited)))
+    }
+
+    /// Asks what judges a descriptor for its hits.
+    fn ask<'c, E>(
+        &self,
+        met: &Met<'c>,
+        key: &'c str,
+        descriptor: &Descriptor<E>,
+        is_free: bool,
+        now: Moment,
+        asks: &mut Asks<'c>,
+    ) -> Result<(), RatelimitError> {
+        let Met { policy, rule, told, shadow, quota } = *met;
+        // The limit of a rule is the policy's own.
+        let limit = told.filter(|_| rule.is_none()).map(|(per_unit, _)| per_unit.into());
+        let ask = Ask { limit, ..Ask::spend(descriptor.hits).to(descriptor.purpose()) };
+        let held = self.is_held_for(policy, key, Priority::Normal);
+        let rules = policy.asks(key, ask, Priority::Normal, now);
+        let (count, weight) = (rules.len(), descriptor.hits);
+        if count > asks.rules.remaining_capacity() {
+            return Err(RatelimitError::TooManyLimits);
+        }
+        asks.rules.extend(rules.map(|one| {
+            let shadow = one.shadow || shadow || quota && is_free;
+            CellAsk { shadow, quota, held: held && !shadow, ..one }
+        }));
+        asks.named.push(Named { policy, rules: count, counts: weight > 0, key, weight });
+        Ok(())
     }
 }
 

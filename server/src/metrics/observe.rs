@@ -227,12 +227,9 @@ fn observe_rules(observed: &Observed) {
             let catalogue = app.catalogue();
             let Some(ratelimit) = &catalogue.ratelimit else { return };
             ratelimit.domains.visit_hits(|domain, key, hits| {
-                // There may be many rules, and few are ever met.
-                if hits.total.load(Ordering::Relaxed) > 0 {
-                    let domain = KeyValue::new("domain", domain.to_owned());
-                    let key = KeyValue::new("key", key.to_owned());
-                    observer.observe(read(hits).load(Ordering::Relaxed), &[domain, key]);
-                }
+                let domain = KeyValue::new("domain", domain.to_owned());
+                let key = KeyValue::new("key", key.to_owned());
+                observer.observe(read(hits).load(Ordering::Relaxed), &[domain, key]);
             });
         });
     }
