@@ -10,13 +10,13 @@ mod line;
 mod overflow;
 mod requests;
 
-use std::{fmt::Debug, time::Duration};
+use std::time::Duration;
 
 use fusebox_core::{
     Admission, Ask, Kind, Moment, Purpose, Settlement, TokenBucket, token_bucket::State,
 };
 
-use crate::search::{Found, World, search};
+use crate::search::{expect_harm, expect_nothing};
 
 /// Most tokens that gather.
 const BURST: u8 = 2;
@@ -146,22 +146,4 @@ type Countdown = Option<u8>;
 
 fn count_down(time: Countdown) -> Countdown {
     time.and_then(|ticks| ticks.checked_sub(1))
-}
-
-/// Searches a world that keeps every rule that it needs.
-fn expect_nothing<W: World>(world: W, at_least: usize) {
-    match search(world) {
-        Found::Nothing { worlds } => {
-            println!("{worlds} worlds");
-            assert!(worlds > at_least, "the search ended early: {worlds} worlds");
-        }
-        Found::Wrong { events, why } => panic!("{why} after {events:#?}"),
-    }
-}
-
-/// Searches a world that breaks a rule.
-fn expect_harm<W: World>(broken: impl Debug, world: W) {
-    if let Found::Nothing { worlds } = search(world) {
-        panic!("{broken:?} harms nobody in {worlds} worlds");
-    }
 }

@@ -2,13 +2,14 @@
 
 use std::{
     collections::{HashSet, VecDeque},
+    fmt::Debug,
     hash::Hash,
 };
 
 /// A world: what can happen in it next, and what must never be.
 pub trait World: Clone + Eq + Hash {
     /// What can happen.
-    type Event: Clone + std::fmt::Debug;
+    type Event: Clone + Debug;
 
     /// Everything that can happen now, and the world after it.
     fn next(&self) -> Vec<(Self::Event, Self)>;
@@ -52,4 +53,23 @@ pub fn search<W: World>(first: W) -> Found<W::Event> {
         }
     }
     Found::Nothing { worlds: seen.len() }
+}
+
+/// Searches a world that keeps every rule that it needs.
+pub fn expect_nothing<W: World>(world: W, at_least: usize) {
+    match search(world) {
+        Found::Nothing { worlds } => {
+            println!("{worlds} worlds");
+            assert!(worlds > at_least, "the search ended early: {worlds} worlds");
+        }
+        Found::Wrong { events, why } => panic!("{why} after {events:#?}"),
+    }
+}
+
+/// Searches a world that breaks a rule.
+pub fn expect_harm<W: World>(broken: impl Debug, world: W) {
+    match search(world) {
+        Found::Nothing { worlds } => panic!("{broken:?} harms nobody in {worlds} worlds"),
+        Found::Wrong { events, why } => println!("{broken:?}: {why} after {events:?}"),
+    }
 }
