@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod circuits;
 mod kinds;
 mod leases;
 mod marks;
