@@ -16,6 +16,8 @@ enum Broken {
     FewCallsAreNone,
     /// One failed call of a reporter below the floor makes it unhealthy, if there is one more call.
     OneFailureIsEnough,
+    /// Who is unhealthy by either rate counts, whichever of them the pool is over.
+    RatesAreOne,
     /// Each reporter weighs what it told.
     NoClamp,
     /// What a reporter told stays when it says goodbye.
@@ -24,25 +26,41 @@ enum Broken {
     GoodbyesAreRecent,
 }
 
-/// The failure rate that opens is a half, inclusive.
-fn over(failures: u64, calls: u64) -> bool {
-    2 * failures >= calls
+/// What a call may be too often.
+#[derive(Clone, Copy, Debug)]
+enum Rate {
+    Failed,
+    Slow,
+}
+
+/// Each rate that opens is a half, inclusive.
+fn over(bad: u64, calls: u64) -> bool {
+    2 * bad >= calls
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Reporter {
     successes: u64,
     failures: u64,
+    /// More that succeeded, slowly.
+    slow: u64,
     gone: bool,
 }
 
 impl Reporter {
     const fn told(successes: u64, failures: u64) -> Self {
-        Self { successes, failures, gone: false }
+        Self { successes, failures, slow: 0, gone: false }
     }
 
     fn calls(self) -> u64 {
-        self.successes + self.failures
+        self.successes + self.failures + self.slow
+    }
+
+    fn bad(self, rate: Rate) -> u64 {
+        match rate {
+            Rate::Failed => self.failures,
+            Rate::Slow => self.slow,
+        }
     }
 }
 
@@ -65,63 +83,89 @@ impl Fleet {
         self.reporters.iter().copied().filter(move |one| kept || !one.gone)
     }
 
-    /// How many are active, and how many of them unhealthy.
-    fn active(&self) -> (usize, usize) {
-        let (large, small): (Vec<_>, Vec<_>) =
-            self.known().filter(|one| one.calls() > 0).partition(|one| one.calls() >= self.floor());
-        let unhealthy = large.iter().filter(|one| over(one.failures, one.calls())).count();
-        let failures: u64 = small.iter().map(|one| one.failures).sum();
-        let calls: u64 = small.iter().map(|one| one.calls()).sum();
-        if calls < self.floor() || self.broken == Broken::FewCallsAreNone {
-            return (large.len(), unhealthy);
-        }
-        let fail =
-            over(failures, calls) && (failures >= 2 || self.broken == Broken::OneFailureIsEnough);
-        let failing = small.iter().filter(|one| one.failures > 0 && fail).count();
-        (large.len() + small.len(), unhealthy + failing)
+    /// How many are active.
+    fn active(&self) -> usize {
+        let (large, small) = self.by_size();
+        large.len() + if self.small_count(&small) { small.len() } else { 0 }
     }
 
-    /// Whether all together fail, each weighing no more than the least calls that any verdict takes.
-    fn pool_is_over(&self) -> bool {
+    fn by_size(&self) -> (Vec<Reporter>, Vec<Reporter>) {
+        let calling = self.known().filter(|one| one.calls() > 0);
+        calling.partition(|one| one.calls() >= self.floor())
+    }
+
+    /// Whether those below the floor make as many calls together as one that is active.
+    fn small_count(&self, small: &[Reporter]) -> bool {
+        let calls = small.iter().map(|one| one.calls()).sum::<u64>();
+        calls >= self.floor() && self.broken != Broken::FewCallsAreNone
+    }
+
+    fn is_unhealthy(&self, one: Reporter, rate: Rate) -> bool {
+        if one.calls() >= self.floor() {
+            return over(one.bad(rate), one.calls());
+        }
+        let (_, small) = self.by_size();
+        let calls = small.iter().map(|one| one.calls()).sum();
+        let bad = small.iter().map(|one| one.bad(rate)).sum();
+        let enough = bad >= 2 || self.broken == Broken::OneFailureIsEnough;
+        self.small_count(&small) && one.bad(rate) > 0 && enough && over(bad, calls)
+    }
+
+    fn unhealthy(&self, rate: Rate) -> usize {
+        let unhealthy = |one: &Reporter| match self.broken {
+            Broken::RatesAreOne => {
+                self.is_unhealthy(*one, Rate::Failed) || self.is_unhealthy(*one, Rate::Slow)
+            }
+            _ => self.is_unhealthy(*one, rate),
+        };
+        self.known().filter(unhealthy).count()
+    }
+
+    /// Whether all together are over a rate, each weighing no more than the least calls that any verdict takes.
+    fn pool_is_over(&self, rate: Rate) -> bool {
         // In parts of a call, so that the ratio is kept.
         let whole = |one: &Reporter| one.calls().max(1);
         let parts = self.known().map(|one| whole(&one)).product::<u64>();
-        let (mut failures, mut calls) = (0, 0);
+        let (mut bad, mut calls) = (0, 0);
         for one in self.known() {
             let weight = match self.broken {
                 Broken::NoClamp => one.calls(),
                 _ => one.calls().min(self.min_calls),
             };
-            failures += weight * one.failures * (parts / whole(&one));
+            bad += weight * one.bad(rate) * (parts / whole(&one));
             calls += weight * parts;
         }
-        calls >= self.min_calls * parts && over(failures, calls)
+        calls >= self.min_calls * parts && over(bad, calls)
     }
 
     fn opens(&self) -> bool {
-        let (active, unhealthy) = self.active();
         let recent = match self.broken {
-            Broken::OnlyTheActiveCount => active,
+            Broken::OnlyTheActiveCount => self.active(),
             Broken::GoodbyesAreRecent => self.reporters.len(),
             _ => self.known().count(),
         };
         let least = if recent >= 3 { 2 } else { 1 };
-        let quorum = self.min_reporters.min(active).max(least);
-        let quorate = unhealthy >= quorum || self.broken == Broken::NoQuorum;
-        self.pool_is_over() && quorate
+        let quorum = match self.broken {
+            Broken::NoQuorum => 0,
+            _ => self.min_reporters.min(self.active()).max(least),
+        };
+        let opens = |rate| self.pool_is_over(rate) && self.unhealthy(rate) >= quorum;
+        opens(Rate::Failed) || opens(Rate::Slow)
     }
 }
 
-/// Each multiset of up to five reporters with up to three calls each, or just one that said goodbye.
-fn all_reporters() -> Vec<Vec<Reporter>> {
-    let mut kinds = Vec::new();
+/// Each multiset of up to so many reporters with up to three calls each, or just one that said goodbye.
+fn all_reporters(most: usize, some_are_slow: bool) -> Vec<Vec<Reporter>> {
+    let mut kinds = vec![Reporter { gone: true, ..Reporter::told(0, 3) }];
     for calls in 0..=3 {
-        kinds.extend((0..=calls).map(|failures| Reporter::told(calls - failures, failures)));
+        for slow in 0..=if some_are_slow { calls } else { 0 } {
+            let told = |failures| Reporter::told(calls - slow - failures, failures);
+            kinds.extend((0..=calls - slow).map(|failures| Reporter { slow, ..told(failures) }));
+        }
     }
-    kinds.push(Reporter { gone: true, ..Reporter::told(0, 3) });
     let mut all = vec![Vec::new()];
     let mut longest = all.clone();
-    for _ in 0..5 {
+    for _ in 0..most {
         let longer = |reporters: &Vec<Reporter>| {
             let from = reporters.last().and_then(|last| kinds.iter().position(|one| one == last));
             let with = |kind: &Reporter| [&reporters[..], &[*kind]].concat();
@@ -135,7 +179,7 @@ fn all_reporters() -> Vec<Vec<Reporter>> {
 
 fn all_fleets(broken: Broken) -> impl Iterator<Item = Fleet> {
     let settings = [(1, 1), (1, 2), (2, 2), (4, 2), (2, 3), (4, 3), (10, 3)];
-    let all = all_reporters();
+    let all = [all_reporters(5, false), all_reporters(3, true)].concat();
     settings.into_iter().flat_map(move |(min_calls, min_reporters)| {
         let fleet = move |reporters| Fleet { broken, min_calls, min_reporters, reporters };
         all.clone().into_iter().map(fleet)
@@ -149,31 +193,32 @@ fn wrong(broken: Broken, judge: impl Fn(&Fleet) -> bool) -> Option<Fleet> {
     found
 }
 
-/// Opened, though of three or more that reported of late only one ever told of a failure.
+/// Opened, though of three or more that reported of late no two ever told of a failure, nor of a slow call.
 fn opened_by_one(fleet: &Fleet) -> bool {
     let here = || fleet.reporters.iter().filter(|one| !one.gone);
-    fleet.opens() && here().count() >= 3 && here().filter(|one| one.failures > 0).count() == 1
+    let two = |rate| here().filter(|one| one.bad(rate) > 0).count() >= 2;
+    fleet.opens() && here().count() >= 3 && !two(Rate::Failed) && !two(Rate::Slow)
 }
 
 /// Opened by who is not there any more: without that there is no failure.
 fn opened_by_the_gone(fleet: &Fleet) -> bool {
-    fleet.opens() && fleet.reporters.iter().all(|one| one.gone || one.failures == 0)
+    fleet.opens() && fleet.reporters.iter().all(|one| one.gone || one.failures + one.slow == 0)
 }
 
 /// Another verdict if one reporter had made ten times the calls that it made, with the same share of failures.
 fn opened_by_the_loud(fleet: &Fleet) -> bool {
     (0..fleet.reporters.len()).any(|index| {
         let mut louder = fleet.clone();
-        let Reporter { successes, failures, .. } = &mut louder.reporters[index];
-        let enough = *successes + *failures >= fleet.min_calls.max(fleet.floor());
-        (*successes, *failures) = (*successes * 10, *failures * 10);
+        let enough = louder.reporters[index].calls() >= fleet.min_calls.max(fleet.floor());
+        let Reporter { successes, failures, slow, .. } = &mut louder.reporters[index];
+        (*successes, *failures, *slow) = (*successes * 10, *failures * 10, *slow * 10);
         enough && louder.opens() != fleet.opens()
     })
 }
 
 /// Opened by one reporter and a single call that failed for another, while all others are well.
 fn opened_by_one_and_a_call(fleet: &Fleet) -> bool {
-    let failing = || fleet.known().filter(|one| one.failures > 0);
+    let failing = || fleet.known().filter(|one| one.failures + one.slow > 0);
     let single = failing().filter(|one| one.calls() == 1).count() == 1;
     fleet.opens() && fleet.known().count() >= 3 && failing().count() == 2 && single
 }
@@ -203,6 +248,7 @@ fn no_small_fleet_is_opened_by_one_of_three_or_by_the_gone_or_by_the_loud() {
 fn every_rule_is_needed() {
     assert!(wrong(Broken::NoQuorum, opened_by_one).is_some());
     assert!(wrong(Broken::OnlyTheActiveCount, opened_by_one).is_some());
+    assert!(wrong(Broken::RatesAreOne, opened_by_one).is_some());
     assert!(wrong(Broken::NoClamp, opened_by_the_loud).is_some());
     assert!(wrong(Broken::GoodbyesAreKept, opened_by_the_gone).is_some());
     assert!(wrong(Broken::GoodbyesAreRecent, not_opened_by_the_last).is_some());
