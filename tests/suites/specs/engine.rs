@@ -314,7 +314,19 @@ impl OnSled {
 
     fn start(&mut self) {
         let directory = self.directory.path().to_owned();
-        let journal = Box::new(move || Ok(Box::new(Sled::open(&directory, false)?) as Box<_>));
+        let journal = Box::new(move || {
+            let mut opened = Sled::open(&directory, false);
+            // Within one process sled keeps its lock for a moment after it was dropped.
+            for _ in 0..1_000 {
+                match &opened {
+                    Err(error) if error.to_string().contains("acquire lock") => {}
+                    _ => break,
+                }
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                opened = Sled::open(&directory, false);
+            }
+            Ok(Box::new(opened?) as Box<_>)
+        });
         let recovered = recover(journal, &self.config, &self.clock).expect("sled recovers");
         let Recovered { catalogue, cells, writer, clock, .. } = recovered;
         self.running = Some(Running { catalogue: Arc::new(catalogue), cells, writer, clock });
