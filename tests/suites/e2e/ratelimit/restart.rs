@@ -140,7 +140,8 @@ async fn rules_that_changed_while_the_server_was_down_go_on_with_their_counts() 
         let first = told(&server).await.remove(0);
         let mut lines: Vec<_> = first.lines().collect();
         let mut expected: Vec<_> = event.lines().collect();
-        (lines.sort_unstable(), expected.sort_unstable());
+        lines.sort_unstable();
+        expected.sort_unstable();
         assert_eq!(lines, expected);
         machine.crash(server).await;
     }
