@@ -147,9 +147,10 @@ impl Kind for WindowLimit {
         let left = limit.saturating_sub(before.spent);
         let tokens = ask.granted_of(left);
         let until_end = self.until_end(before, now);
-        let admission = if ask.purpose == Purpose::Peek && before.spent > limit {
+        let looks = matches!(ask.purpose, Purpose::Peek | Purpose::Credit);
+        let admission = if looks && before.spent.saturating_sub(ask.credited()) > limit {
             Admission::Deny { reason: Reason::RateLimited, retry_after: Some(until_end) }
-        } else if limit == 0 && !matches!(ask.purpose, Purpose::Peek | Purpose::Credit) {
+        } else if limit == 0 && !looks {
             Admission::Deny { reason: Reason::Blocked, retry_after: None }
         } else {
             let ever = tokens <= limit.saturating_sub(reserved);

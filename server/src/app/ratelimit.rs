@@ -307,13 +307,7 @@ impl<'c> Met<'c> {
             Some(Limit::Window(window)) => Some(window.longest()),
             _ => None,
         };
-        let denied = verdict.admission != Admission::Allow;
-        // What comes back is never denied, but it may not be enough.
-        let still_over = match verdict.spent.saturating_sub(descriptor.hits) {
-            spent if window.is_some() => spent > verdict.limit,
-            _ => verdict.remaining == 0,
-        };
-        let over = denied || descriptor.negative && still_over;
+        let over = verdict.admission != Admission::Allow;
         let reset_after = match window {
             // Also of one that nothing was counted in; one that a clock which was set back sees far ahead ends no
             // later than any.
