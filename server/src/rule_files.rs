@@ -1,8 +1,11 @@
 //! Follows the files of Envoy's rules while the server runs.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{self, Path},
+    sync::Arc,
+};
 
-use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher, event::AccessKind};
+use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher, event::AccessKind};
 use tokio::sync::mpsc::{Receiver, channel};
 use tokio_util::sync::CancellationToken;
 
@@ -17,7 +20,7 @@ use crate::{
 pub async fn follow(app: Arc<App>, rules: Ruleset, draining: CancellationToken) {
     let folder = rules.settings.config_dir.clone();
     let mut in_force = Ok(rules);
-    let (mut changes, mut watcher) = watch();
+    let (mut changes, mut watcher) = watch(&folder);
     loop {
         // Anew each time, since the folder may be another one by now, under the same name; and before it is looked
         // at, so that what is changed meanwhile is told.
@@ -76,15 +79,18 @@ async fn look(app: &App, last: Looked) -> Looked {
     Err((in_force, error))
 }
 
-/// What tells of changes, and what is to watch for them; without it the files are only looked at now and then.
-fn watch() -> (Receiver<()>, Option<RecommendedWatcher>) {
+/// What tells of changes of the folder, and what is to watch for them; without it the files are only looked at now and
+/// then.
+fn watch(folder: &Path) -> (Receiver<()>, Option<RecommendedWatcher>) {
     let (told, changes) = channel(1);
-    let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        let is_read = |kind| matches!(kind, EventKind::Access(access) if !matches!(access, AccessKind::Close(_)));
-        if !event.is_ok_and(|event| is_read(event.kind)) {
-            // One waiting word is enough.
-            let _ = told.try_send(());
+    // As events name it.
+    let folder = path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+    let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+        if event.is_ok_and(|event| is_of_others(&folder, &event)) {
+            return;
         }
+        // One waiting word is enough.
+        let _ = told.try_send(());
     });
     let watcher = watcher.inspect_err(|error| {
         let every = limits::RULES_LOOKED_AT;
@@ -107,5 +113,65 @@ fn watch_folder(watcher: &mut RecommendedWatcher, folder: &Path) {
         if let Err(error) = watcher.watch(folder, mode) {
             tracing::debug!(%error, folder = %folder.display(), "a folder of rules is not watched");
         }
+    }
+}
+
+/// Whether the files say the same after it: they were only read, or it is about what is beside the folder or a folder
+/// that it is in. Others may write there all the time, as a log.
+fn is_of_others(folder: &Path, Event { kind, paths, .. }: &Event) -> bool {
+    let is_read =
+        matches!(kind, EventKind::Access(access) if !matches!(access, AccessKind::Close(_)));
+    let is_beside = |path: &Path| {
+        let is_around = path.parent().is_some_and(|above| folder.starts_with(above));
+        is_around && !folder.starts_with(path) && !path.starts_with(folder)
+    };
+    // One without paths tells that some were lost.
+    is_read || !paths.is_empty() && paths.iter().all(|path| is_beside(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use notify::event::{CreateKind, ModifyKind, RenameMode};
+
+    use super::*;
+
+    #[test]
+    fn what_is_beside_the_folder_is_of_others() {
+        let folder = Path::new("/etc/fusebox/current/rules");
+        let told = |kind, paths: &[&str]| {
+            let event = Event::new(kind);
+            !is_of_others(
+                folder,
+                &paths.iter().fold(event, |event, path| event.add_path(path.into())),
+            )
+        };
+        let created = EventKind::Create(CreateKind::File);
+        for (path, is_told) in [
+            ("/etc/fusebox/current/rules", true),
+            ("/etc/fusebox/current/./rules", true),
+            ("/etc/fusebox/current/rules/a.yaml", true),
+            ("/etc/fusebox/current/rules/..data/a.yaml", true),
+            ("/etc/fusebox/current", true),
+            ("/etc/fusebox/server.log", false),
+            ("/etc/fusebox/current/rules.log", false),
+            // By a name that the folder is not known by.
+            ("/private/etc/fusebox/current/server.log", true),
+        ] {
+            assert_eq!(told(created, &[path]), is_told, "{path}");
+        }
+        let renamed = EventKind::Modify(ModifyKind::Name(RenameMode::Both));
+        assert!(told(renamed, &["/etc/fusebox/next", "/etc/fusebox/current"]), "a link is swapped");
+        assert!(!told(renamed, &["/etc/fusebox/a.log", "/etc/fusebox/b.log"]));
+        assert!(told(EventKind::Other, &[]), "some were lost");
+    }
+
+    #[test]
+    fn what_is_only_read_is_of_others() {
+        let folder = Path::new("/rules");
+        let is_read = |kind| {
+            is_of_others(folder, &Event::new(EventKind::Access(kind)).add_path("/rules/a".into()))
+        };
+        assert!(is_read(AccessKind::Open(notify::event::AccessMode::Any)));
+        assert!(!is_read(AccessKind::Close(notify::event::AccessMode::Write)));
     }
 }
