@@ -244,7 +244,10 @@ fn tell_uncharged(
 /// not the key's own.
 fn told(admission: Admission, rule: &Rule<'_>) -> Admission {
     match admission {
-        Admission::Allow if rule.held && rule.ask.tokens > 0 => {
+        // What comes back is what others wait for.
+        Admission::Allow
+            if rule.held && rule.ask.tokens > 0 && rule.ask.purpose != Purpose::Credit =>
+        {
             Admission::Deny { reason: rule.policy.limit.exhausted(), retry_after: None }
         }
         Admission::Deny {

@@ -1,7 +1,8 @@
 //! Several cells at once.
 
 use fusebox_core::{
-    Admission, Cells, Charging, Decision, Kind, MAX_RULES, Moment, Policy, Rule, Rules, apply,
+    Admission, Ask, Cells, Charging, Decision, Kind, MAX_RULES, Moment, Policy, Purpose, Rule,
+    Rules, apply,
 };
 use proptest::{collection::vec, prelude::*};
 
@@ -109,6 +110,26 @@ proptest! {
             prop_assert_eq!(&cells, &before);
             let asked = held.iter().any(|rule| rule.ask.tokens > 0);
             prop_assert!(!(decision.allowed && asked));
+        }
+    }
+
+    #[test]
+    fn what_comes_back_is_taken_also_where_others_wait((policies, rounds) in rounds()) {
+        let mut cells: Cells = policies.iter().map(|_| None).collect();
+        let mut now = Moment::ZERO;
+        for (pause, asks) in rounds {
+            now = later(now, pause);
+            let rules = rules(&policies, &asks);
+            apply(&rules, Charging::EachAlone, &mut cells, now);
+            let credits = |held| -> Rules<'_> {
+                let credit = |ask: Ask| ask.to(Purpose::Credit);
+                rules.iter().map(|rule| Rule { ask: credit(rule.ask), held, ..*rule }).collect()
+            };
+            let mut expected = cells.clone();
+            let decision = apply(&credits(false), Charging::Always, &mut expected, now);
+            prop_assert!(decision.allowed);
+            prop_assert_eq!(apply(&credits(true), Charging::Always, &mut cells, now), decision);
+            prop_assert_eq!(&cells, &expected);
         }
     }
 
