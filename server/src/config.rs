@@ -166,12 +166,26 @@ impl Config {
                 error.into_inner()
             })
         });
-        parsed.map_err(|error| {
+        let config: Self = parsed.map_err(|error| {
             let place = Place(error.location().map(|place| (place.line(), place.column())));
             let message = format!("{}{}", what_is_wrong(&error), place.shown_in(text));
             let field = Field(Some(field).filter(|path| !path.is_empty() && path != "."));
             ConfigError::Invalid { path: path.to_owned(), place, field, message }
-        })
+        })?;
+        let rules = config.envoy_ratelimit.as_ref();
+        if let Some((field, message)) = rules.and_then(|rules| rules.misjudged(&config.namespaces))
+        {
+            let (path, place, field) = (path.to_owned(), Place(None), Field(Some(field)));
+            return Err(ConfigError::Invalid { path, place, field, message });
+        }
+        Ok(config)
+    }
+
+    /// What is probably not meant, though it is no mistake.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        let rules = self.envoy_ratelimit.iter();
+        rules.flat_map(|rules| rules.notes(&self.namespaces)).collect()
     }
 
     /// What is served when no file is named: the namespace `demo`.
@@ -729,6 +743,36 @@ mod tests {
             assert!(first.starts_with("some.yaml:1:"), "{settings}: {error}");
             assert!(first.contains(&format!("`{field}`: ")), "{field}: {error}");
             assert!(first.contains(words), "{words}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_policy_that_cannot_judge_a_rule_is_refused_and_one_that_is_not_there_is_noted() {
+        let with = |judge: &str| {
+            let policies = "quota: {token_bucket: {limit: 1, per: 1s}}, jobs: {concurrency: {limit: 4}}, \
+                            mixed: {token_bucket: {limit: 1, per: 1s}, overrides: [{key: a, retry_budget: {}}]}";
+            let text = format!(
+                "namespaces: {{partner: {{policies: {{{policies}}}}}}}\nenvoy_ratelimit: {{config_dir: rules, \
+                 domains: {{edge: {{policies: {{path: {judge}}}}}}}}}"
+            );
+            Config::parse("some.yaml", &text)
+        };
+        assert_eq!(with("partner/quota").unwrap().notes(), Vec::<String>::new());
+        for (judge, words) in [
+            ("partner/jobs", "policy `partner/jobs` counts permits: only rates and windows"),
+            ("partner/mixed", "policy `partner/mixed` counts retries: only rates and windows"),
+        ] {
+            let error = with(judge).unwrap_err().to_string();
+            let field = "some.yaml: `envoy_ratelimit.domains.edge.policies.path`: ";
+            assert!(error.starts_with(&format!("{field}{words}")), "{error}");
+        }
+        for judge in ["partner/quotas", "nobody/quota"] {
+            let notes = with(judge).unwrap().notes();
+            assert_eq!(notes.len(), 1);
+            assert!(
+                notes[0].contains(&format!("policy `{judge}` is not in this file")),
+                "{notes:?}"
+            );
         }
     }
 

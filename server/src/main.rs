@@ -60,6 +60,7 @@ fn check(file: &Path) -> ExitCode {
     if let Err(note) = config.check_exposure(false) {
         note_to_people(&note.to_string());
     }
+    config.notes().iter().for_each(|note| note_to_people(note));
     match &config.envoy_ratelimit {
         Some(settings) => match read_rules(settings) {
             Ok(Ruleset { rules, notes, .. }) => {
@@ -111,6 +112,8 @@ fn start(options: &Serve) -> ExitCode {
         Ok(rules) => rules,
         Err(code) => return code,
     };
+    let of_rules = rules.iter().flat_map(|rules| &rules.notes);
+    config.notes().iter().chain(of_rules).for_each(|note| tracing::warn!("{note}"));
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return fail(FAILURE, &format!("cannot start threads: {error}")),

@@ -16,7 +16,7 @@ use crate::{
         Catalogue, Policy, PolicyName, Ratelimit,
         domains::{Domain, Hit, Judge, Key, Rule},
     },
-    config::envoy::{Amount, EnvoyRatelimit, Metadata, Unit},
+    config::envoy::{Amount, EnvoyRatelimit, Metadata, ONLY_RATES, Unit, counts_no_hits},
     limits,
     storage::{Answer, CellAsk, Charge, Decided, StorageError},
 };
@@ -100,8 +100,7 @@ pub enum RatelimitError {
     },
     /// A rule is to be judged by a policy whose tokens nobody would give back.
     #[error(
-        "rule `{rule}` is to be judged by policy `{policy}`, which counts {counts}: only rates and windows \
-         can judge what passes a proxy"
+        "rule `{rule}` is to be judged by policy `{policy}`, which counts {counts}: {ONLY_RATES}"
     )]
     NotARate {
         /// The rule.
@@ -393,11 +392,7 @@ fn native<'c>(
     let (rule, policy) = (|| rule.path.to_string(), || name.clone());
     let unknown = || RatelimitError::UnknownPolicy { rule: rule(), policy: policy() };
     let found = catalogue.policy(name).ok_or_else(unknown)?;
-    let counts = found.limiters().find_map(|limiter| match limiter.settings.limit {
-        Limit::Concurrency(_) => Some("permits"),
-        Limit::RetryBudget(_) => Some("retries"),
-        Limit::TokenBucket(_) | Limit::Window(_) | Limit::SlidingWindow(_) => None,
-    });
+    let counts = found.limiters().find_map(|limiter| counts_no_hits(&limiter.settings.limit));
     match counts {
         Some(counts) => Err(RatelimitError::NotARate { rule: rule(), policy: policy(), counts }),
         None => Ok(found),

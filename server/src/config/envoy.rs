@@ -12,7 +12,7 @@ use http::HeaderName;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 pub use self::files::RulesError;
-use super::{Durability, LimitSettings, Name, Policy};
+use super::{Durability, LimitSettings, Name, Namespaces, Policy};
 
 /// The namespace of the policies that rules are.
 pub const NAMESPACE: &str = "envoy";
@@ -257,6 +257,49 @@ pub struct RulePolicy {
 }
 
 impl EnvoyRatelimit {
+    /// The first policy that is to judge instead of a rule and cannot: the field that names it, and why not.
+    pub(super) fn misjudged(&self, namespaces: &Namespaces) -> Option<(String, String)> {
+        self.judges(namespaces).find_map(|(field, native, policy)| {
+            let policy = policy?;
+            let of_overrides = policy.overrides.iter().flat_map(|other| &other.limits);
+            let mut limits = policy.limits.iter().chain(of_overrides);
+            let counts = limits.find_map(|settings| counts_no_hits(&settings.limit))?;
+            let name = String::from(native.clone());
+            Some((field, format!("policy `{name}` counts {counts}: {ONLY_RATES}")))
+        })
+    }
+
+    /// What is probably not meant, though it is no mistake: policies that are to judge and are not among these.
+    #[must_use]
+    pub fn notes(&self, namespaces: &Namespaces) -> Vec<String> {
+        let missing = self.judges(namespaces).filter(|(_, _, policy)| policy.is_none());
+        let note = |(field, native, _): (String, &NativePolicy, _)| {
+            let name = String::from(native.clone());
+            format!(
+                "`{field}`: policy `{name}` is not in this file; until it is put by the Admin service, requests \
+                 that meet the rule are errors, which Envoy lets pass unless `failure_mode_deny` is set"
+            )
+        };
+        missing.map(note).collect()
+    }
+
+    /// Policies that are to judge instead of rules: the field that names each, and the policy, if it is among these.
+    fn judges<'s>(
+        &'s self,
+        namespaces: &'s Namespaces,
+    ) -> impl Iterator<Item = (String, &'s NativePolicy, Option<&'s Policy>)> {
+        let domains = self.domains.iter();
+        let named = domains.flat_map(|(domain, settings)| {
+            settings.policies.iter().map(move |(rule, native)| {
+                (format!("envoy_ratelimit.domains.{domain}.policies.{rule}"), native)
+            })
+        });
+        named.map(|(field, native)| {
+            let namespace = namespaces.get(&native.namespace);
+            (field, native, namespace.and_then(|found| found.policies.get(&native.policy)))
+        })
+    }
+
     fn policies(&self, rules: &Rules) -> Vec<RulePolicy> {
         let mut policies = Vec::new();
         for unit in Unit::ALL {
@@ -304,6 +347,19 @@ impl EnvoyRatelimit {
         let mut policy = Policy::new(vec![LimitSettings { limit, calendar: None }]);
         (policy.durability, policy.shadow) = (self.durability, shadow);
         Some(policy)
+    }
+}
+
+/// Why others cannot judge instead of a rule.
+pub const ONLY_RATES: &str = "only rates and windows can judge what passes a proxy";
+
+/// What a limit counts that is no hits: nobody would give it back.
+#[must_use]
+pub const fn counts_no_hits(limit: &Limit) -> Option<&'static str> {
+    match limit {
+        Limit::Concurrency(_) => Some("permits"),
+        Limit::RetryBudget(_) => Some("retries"),
+        Limit::TokenBucket(_) | Limit::Window(_) | Limit::SlidingWindow(_) => None,
     }
 }
 

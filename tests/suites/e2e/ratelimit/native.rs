@@ -3,8 +3,8 @@
 use fusebox_proto::{
     envoy::service::ratelimit::v3::rate_limit_response::{RateLimit, rate_limit::Unit},
     v1::{
-        DeletePolicyRequest, FixedWindow, Policy, PutPolicyRequest, admin_client::AdminClient,
-        policy::Kind,
+        Concurrency, DeletePolicyRequest, FixedWindow, Policy, PutPolicyRequest, RetryBudget,
+        admin_client::AdminClient, policy::Kind,
     },
 };
 use tonic::Code;
@@ -28,6 +28,19 @@ async fn limit(proxy: &mut Proxy, key: &str, value: &str) -> (RateLimit, i64) {
     let status = &answer.statuses[0];
     let reset = status.duration_until_reset.unwrap().seconds;
     (status.current_limit.clone().expect("a limit"), reset)
+}
+
+/// Puts a policy as operators do.
+async fn put(server: &Served, name: &str, kind: Kind) {
+    let policy = Policy { kind: Some(kind), ..Default::default() };
+    let request = PutPolicyRequest {
+        namespace: "test".into(),
+        name: name.into(),
+        policy: Some(policy),
+        ..Default::default()
+    };
+    let mut operator = AdminClient::new(server.channel().await);
+    operator.put_policy(request).await.expect("it is put");
 }
 
 fn of(requests_per_unit: u32, unit: Unit) -> RateLimit {
@@ -85,9 +98,11 @@ async fn a_policy_that_only_watches_denies_nothing_and_takes_back_what_comes_bac
 
 #[tokio::test]
 async fn a_policy_that_cannot_judge_is_an_error_of_its_rule_alone() {
-    let policies = "calls: {concurrency: {limit: 4}}, retries: {retry_budget: {}},
-        plan: {fixed_window: {limit: 3, per: 1m}}";
-    let server = serve(&["calls", "retries", "none", "plan"], policies).await;
+    let policy = "plan: {fixed_window: {limit: 3, per: 1m}}";
+    let server = serve(&["calls", "retries", "none", "plan"], policy).await;
+    // In a file they would be refused.
+    put(&server, "calls", Kind::Concurrency(Concurrency { limit: Some(4), ttl: None })).await;
+    put(&server, "retries", Kind::RetryBudget(RetryBudget::default())).await;
     let mut proxy = Proxy::of(&server).await;
     for (key, message) in [
         (
@@ -117,18 +132,9 @@ async fn a_policy_that_cannot_judge_is_an_error_of_its_rule_alone() {
 async fn a_policy_that_operators_change_judges_at_once() {
     let server = serve(&["made"], "other: {fixed_window: {limit: 1, per: 1m}}").await;
     let mut proxy = Proxy::of(&server).await;
-    let mut operator = AdminClient::new(server.channel().await);
-    let mut put = async |limit, seconds| {
+    let put = async |limit, seconds| {
         let per = Some(prost_types::Duration { seconds, nanos: 0 });
-        let window = FixedWindow { limit: Some(limit), per };
-        let policy = Policy { kind: Some(Kind::FixedWindow(window)), ..Default::default() };
-        let request = PutPolicyRequest {
-            namespace: "test".into(),
-            name: "made".into(),
-            policy: Some(policy),
-            ..Default::default()
-        };
-        operator.put_policy(request).await.expect("it is put");
+        put(&server, "made", Kind::FixedWindow(FixedWindow { limit: Some(limit), per })).await;
     };
     assert!(proxy.try_send(request([hits("made", "a", 1)])).await.is_err());
     put(5, 60).await;
