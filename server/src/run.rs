@@ -164,7 +164,8 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     }
     tracing::info!(
         boot,
-        policies = catalogue.policies().count(),
+        policies = operations.registry.count(),
+        rules = operations.registry.rule_count(),
         catalogue = catalogue.revision,
         live_cells = storage::Storage::live(&*cells),
         open_grants = grants.len(),
