@@ -179,7 +179,8 @@ impl Domains {
     }
 
     /// Visits every series that hits were counted in: its domain, its key as envoyproxy has it, and its counts. Rules
-    /// that have the same key are one series. The key of limits that requests carry is empty where there was no room for one.
+    /// that have the same key are one series. The key of limits that requests carry is empty where there was no room
+    /// for one.
     pub fn visit_hits(&self, mut visit: impl FnMut(&str, &str, &Hits)) {
         for domain in self.by_name.values() {
             for (key, hits) in &domain.sums() {
