@@ -170,7 +170,7 @@ pub fn apply_to(
             decision.allowed &= allows || rule.shadow;
         }
         // What others wait for is not drained by who is denied for that.
-        let always = charging == Charging::Always && !rule.held;
+        let always = charging == Charging::Always && !is_held(rule);
         let charge = (allows || always) && !is_watched_permit(rule);
         if charge && plan.charged != state {
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
@@ -211,6 +211,11 @@ fn smallest_lease(rules: &[Rule<'_>], cells: &[Option<Cell>], now: Moment) -> u6
     leases.min().unwrap_or(0)
 }
 
+/// Whether others go first. What comes back is what they wait for.
+const fn is_held(rule: &Rule<'_>) -> bool {
+    rule.held && !matches!(rule.ask.purpose, Purpose::Credit)
+}
+
 /// Whether it is a permit of a limiter that only watches: nobody would release it, so it is not taken.
 const fn is_watched_permit(rule: &Rule<'_>) -> bool {
     rule.shadow && matches!(rule.policy.limit, Limit::Concurrency(_))
@@ -244,10 +249,7 @@ fn tell_uncharged(
 /// not the key's own.
 fn told(admission: Admission, rule: &Rule<'_>) -> Admission {
     match admission {
-        // What comes back is what others wait for.
-        Admission::Allow
-            if rule.held && rule.ask.tokens > 0 && rule.ask.purpose != Purpose::Credit =>
-        {
+        Admission::Allow if is_held(rule) && rule.ask.tokens > 0 => {
             Admission::Deny { reason: rule.policy.limit.exhausted(), retry_after: None }
         }
         Admission::Deny {

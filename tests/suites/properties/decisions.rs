@@ -1,8 +1,10 @@
 //! Several cells at once.
 
+use std::time::Duration;
+
 use fusebox_core::{
-    Admission, Ask, Cells, Charging, Decision, Kind, MAX_RULES, Moment, Policy, Purpose, Rule,
-    Rules, apply,
+    Admission, Ask, Cells, Charging, Decision, Kind, Limit, MAX_RULES, Moment, Policy, Purpose,
+    Rule, Rules, WindowLimit, apply,
 };
 use proptest::{collection::vec, prelude::*};
 
@@ -153,6 +155,20 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_comes_back_to_a_window_in_debt_is_taken_also_where_others_wait() {
+    let window = WindowLimit::fixed(10, Duration::from_secs(3_600)).unwrap();
+    let policy = Policy::new(Limit::Window(window), 0);
+    let mut cells = Cells::from_iter([None]);
+    let mut spent_before = |ask: Ask, held| {
+        let rule = Rule { held, ..rule(&policy, ask) };
+        apply(&[rule], Charging::Always, &mut cells, Moment::ZERO).verdicts[0].spent
+    };
+    spent_before(tokens(25), false);
+    assert_eq!(spent_before(tokens(5).to(Purpose::Credit), true), 25);
+    assert_eq!(spent_before(tokens(0), false), 20);
 }
 
 /// What verdicts tell of the cells is what the cells are.
