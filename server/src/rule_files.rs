@@ -60,6 +60,11 @@ async fn look(app: &App, last: Looked) -> Looked {
                     .notes
                     .iter()
                     .for_each(|note| tracing::warn!(note, "a rule, maybe not as meant"));
+                if rules.rules.count() == 0 && in_force.rules.count() > 0 {
+                    tracing::warn!(
+                        "no rule of Envoy's rate limit service is left: it limits nothing"
+                    );
+                }
                 app.rule_loads().succeeded();
                 tracing::info!(different, "the rules of Envoy's rate limit service are loaded");
                 return Ok(rules);

@@ -171,7 +171,7 @@ pub fn apply_to(
         }
         // What others wait for is not drained by who is denied for that.
         let always = charging == Charging::Always && !is_held(rule);
-        let charge = (allows || always) && !is_watched_permit(rule);
+        let charge = (allows || always || is_credit(rule)) && !is_watched_permit(rule);
         if charge && plan.charged != state {
             *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
         }
@@ -191,6 +191,7 @@ pub fn apply_to(
 
     decision.allowed &= quota_left || !quota_asked;
     if charging == Charging::AllOrNothing && !decision.allowed {
+        give_back(rules, cells, now);
         tell_uncharged(&mut decision.verdicts, rules, cells, now);
     } else {
         cells.copy_from_slice(&planned);
@@ -211,9 +212,26 @@ fn smallest_lease(rules: &[Rule<'_>], cells: &[Option<Cell>], now: Moment) -> u6
     leases.min().unwrap_or(0)
 }
 
+/// What comes back does so whatever becomes of the rest, and whether it is enough or not.
+const fn is_credit(rule: &Rule<'_>) -> bool {
+    matches!(rule.ask.purpose, Purpose::Credit)
+}
+
 /// Whether others go first. What comes back is what they wait for.
 const fn is_held(rule: &Rule<'_>) -> bool {
-    rule.held && !matches!(rule.ask.purpose, Purpose::Credit)
+    rule.held && !is_credit(rule)
+}
+
+/// Charges `cells` for what comes back, and for nothing else.
+fn give_back(rules: &[Rule<'_>], cells: &mut [Option<Cell>], now: Moment) {
+    for rule in rules.iter().filter(|rule| is_credit(rule)) {
+        let cell = &mut cells[rule.cell];
+        let state = rule.policy.state(*cell);
+        let plan = rule.policy.limit.plan(state, rule.ask, now);
+        if plan.charged != state {
+            *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
+        }
+    }
 }
 
 /// Whether it is a permit of a limiter that only watches: nobody would release it, so it is not taken.
@@ -221,7 +239,7 @@ const fn is_watched_permit(rule: &Rule<'_>) -> bool {
     rule.shadow && matches!(rule.policy.limit, Limit::Concurrency(_))
 }
 
-/// Nothing was charged, so each verdict tells its cell as it still is; a denial tells the wait for all that
+/// Nothing more was charged, so each verdict tells its cell as it is; a denial tells the wait for all that
 /// is asked of the cell, as only all of it would be charged.
 fn tell_uncharged(
     verdicts: &mut [Verdict],
@@ -231,7 +249,8 @@ fn tell_uncharged(
 ) {
     for (index, (rule, verdict)) in rules.iter().zip(verdicts).enumerate() {
         let same_cell = rules[..=index].iter().filter(|other| other.cell == rule.cell);
-        let charged = same_cell.filter(|other| other.ask.purpose != Purpose::Credit);
+        // A credit asks for nothing more: what it gives is there.
+        let charged = same_cell.filter(|other| !is_credit(other) && !is_credit(rule));
         let tokens = charged.fold(0, |sum: u64, other| sum.saturating_add(other.ask.tokens));
         let state = rule.policy.state(cells[rule.cell]);
         let plan = rule.policy.limit.plan(state, Ask { tokens, ..rule.ask }, now);

@@ -101,8 +101,8 @@ pub enum Purpose {
     /// For nothing: none is charged, and it is denied where a window has spent more than its limit, or another
     /// cell has nothing left. A peek that spends 0 is never denied.
     Peek,
-    /// Not charged but given back, by the word of the caller, and never above full. It is denied where a window has
-    /// spent more than its limit even so. Permits and retries are not given back so.
+    /// Not charged but given back, by the word of the caller, and never above full: also where it is denied, since a
+    /// window has spent more than its limit even so. Permits and retries are not given back so.
     Credit,
     /// To be spent later by a client that holds them until then. It is never denied: it gets a share of what
     /// is there, up to what it wants, so that as many clients can have as much, and again.
