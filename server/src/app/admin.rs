@@ -28,7 +28,10 @@ use crate::{
         Catalogue, CellId, Policy, PolicyName,
         registry::{self, Configured, Registry, Source},
     },
-    config::{self, Difference, Durability, difference, envoy::Ruleset},
+    config::{
+        self, Difference, Durability, difference,
+        envoy::{Ruleset, has_no_hits},
+    },
     limits,
     storage::{Answer, Holds, Judge, Operations, StorageError, journal::Write},
 };
@@ -238,6 +241,18 @@ pub enum AdminError {
          `envoy_ratelimit.config_dir`; it takes effect at once"
     )]
     ManagedByRules(PolicyName),
+    /// A rule would be without a judge, and what passes a proxy unlimited.
+    #[error(
+        "policy `{policy}` judges the rule `{rule}` of Envoy's rate limit service, which would be an error then: \
+         take it out of `envoy_ratelimit.domains` first; {}",
+        config::envoy::ONLY_RATES
+    )]
+    Judges {
+        /// The policy.
+        policy: PolicyName,
+        /// The rule.
+        rule: String,
+    },
     /// Somebody was faster.
     #[error(
         "policy `{name}` has version {found}, not {expected} (0 is none): read it again, decide again"
@@ -298,6 +313,7 @@ impl App {
             let registry = self.desk.registry.read();
             let before = registry.policy(&name).cloned();
             may_change(&name, before.as_ref(), expected)?;
+            may_judge(&self.catalogue.load(), &name, Some(&settings))?;
             if before.is_none() && registry.count() >= limits::POLICIES {
                 return Err(AdminError::TooManyPolicies);
             }
@@ -353,6 +369,7 @@ impl App {
             let registry = self.desk.registry.read();
             let before = registry.policy(&name).cloned();
             may_change(&name, before.as_ref(), expected)?;
+            may_judge(&self.catalogue.load(), &name, None)?;
             (before, registry.delete(&self.catalogue.load(), &name))
         };
         let Some(configured) = before else { return Err(AdminError::UnknownPolicy(name)) };
@@ -831,6 +848,22 @@ fn may_change(
     match expected {
         Some(expected) if expected != found => {
             Err(AdminError::Conflict { name: name.clone(), expected, found })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether a policy may have these settings, or be no more, for all that rules of Envoy's need of it.
+fn may_judge(
+    catalogue: &Catalogue,
+    name: &PolicyName,
+    settings: Option<&config::Policy>,
+) -> Result<(), AdminError> {
+    let counts_hits = settings.is_some_and(|settings| has_no_hits(settings).is_none());
+    let rule = catalogue.ratelimit.as_ref().and_then(|rules| rules.domains.judged_by(name));
+    match rule {
+        Some(rule) if !counts_hits => {
+            Err(AdminError::Judges { policy: name.clone(), rule: rule.path.to_string() })
         }
         _ => Ok(()),
     }

@@ -173,6 +173,12 @@ impl Domains {
         self.by_name.get(name)
     }
 
+    /// A rule that the policy of that name judges instead of its own.
+    pub fn judged_by(&self, name: &PolicyName) -> Option<&Rule> {
+        let mut rules = self.by_name.values().flat_map(|domain| &domain.rules);
+        rules.find(|rule| matches!(&rule.judge, Judge::Native(judge) if judge == name))
+    }
+
     /// Where limits that requests carry are counted.
     pub fn of_requests(&self, unit: Unit) -> Option<&Arc<Policy>> {
         self.of_requests[unit as usize].as_ref()

@@ -260,10 +260,7 @@ impl EnvoyRatelimit {
     /// The first policy that is to judge instead of a rule and cannot: the field that names it, and why not.
     pub(super) fn misjudged(&self, namespaces: &Namespaces) -> Option<(String, String)> {
         self.judges(namespaces).find_map(|(field, native, policy)| {
-            let policy = policy?;
-            let of_overrides = policy.overrides.iter().flat_map(|other| &other.limits);
-            let mut limits = policy.limits.iter().chain(of_overrides);
-            let counts = limits.find_map(|settings| counts_no_hits(&settings.limit))?;
+            let counts = has_no_hits(policy?)?;
             let name = String::from(native.clone());
             Some((field, format!("policy `{name}` counts {counts}: {ONLY_RATES}")))
         })
@@ -352,6 +349,14 @@ impl EnvoyRatelimit {
 
 /// Why others cannot judge instead of a rule.
 pub const ONLY_RATES: &str = "only rates and windows can judge what passes a proxy";
+
+/// What a policy counts that is no hits.
+#[must_use]
+pub fn has_no_hits(policy: &Policy) -> Option<&'static str> {
+    let of_overrides = policy.overrides.iter().flat_map(|other| &other.limits);
+    let mut limits = policy.limits.iter().chain(of_overrides);
+    limits.find_map(|settings| counts_no_hits(&settings.limit))
+}
 
 /// What a limit counts that is no hits: nobody would give it back.
 #[must_use]

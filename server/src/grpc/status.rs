@@ -124,9 +124,9 @@ pub(super) fn admin(error: &AdminError) -> Status {
         AdminError::UnknownNamespace(namespace) => not_found("namespace", namespace, None),
         AdminError::UnknownPolicy(name) => not_found("policy", &name.policy, None),
         AdminError::UnknownGrant(id) => not_found("grant", id, None),
-        AdminError::ManagedByFile(_) | AdminError::ManagedByRules(_) => {
-            Status::failed_precondition(error.to_string())
-        }
+        AdminError::ManagedByFile(_)
+        | AdminError::ManagedByRules(_)
+        | AdminError::Judges { .. } => Status::failed_precondition(error.to_string()),
         AdminError::Conflict { .. } => Status::aborted(error.to_string()),
         AdminError::TooManyPolicies | AdminError::TooManyLimiters => {
             Status::resource_exhausted(error.to_string())

@@ -7,7 +7,7 @@ use fusebox_proto::{
         admin_client::AdminClient, policy::Kind,
     },
 };
-use tonic::Code;
+use tonic::{Code, Status};
 
 use super::{Files, Proxy, Served, Told, back, hits, peek, request, rl, rule};
 use crate::{caller::seconds, remaining};
@@ -31,7 +31,7 @@ async fn limit(proxy: &mut Proxy, key: &str, value: &str) -> (RateLimit, i64) {
 }
 
 /// Puts a policy as operators do.
-async fn put(server: &Served, name: &str, kind: Kind) {
+async fn put(server: &Served, name: &str, kind: Kind) -> Result<(), Status> {
     let policy = Policy { kind: Some(kind), ..Default::default() };
     let request = PutPolicyRequest {
         namespace: "test".into(),
@@ -40,7 +40,7 @@ async fn put(server: &Served, name: &str, kind: Kind) {
         ..Default::default()
     };
     let mut operator = AdminClient::new(server.channel().await);
-    operator.put_policy(request).await.expect("it is put");
+    operator.put_policy(request).await.map(drop)
 }
 
 fn of(requests_per_unit: u32, unit: Unit) -> RateLimit {
@@ -97,33 +97,25 @@ async fn a_policy_that_only_watches_denies_nothing_and_takes_back_what_comes_bac
 }
 
 #[tokio::test]
-async fn a_policy_that_cannot_judge_is_an_error_of_its_rule_alone() {
+async fn a_policy_that_cannot_judge_is_refused_and_one_that_is_not_there_fails_its_rule_alone() {
     let policy = "plan: {fixed_window: {limit: 3, per: 1m}}";
-    let server = serve(&["calls", "retries", "none", "plan"], policy).await;
-    // In a file they would be refused.
-    put(&server, "calls", Kind::Concurrency(Concurrency { limit: Some(4), ttl: None })).await;
-    put(&server, "retries", Kind::RetryBudget(RetryBudget::default())).await;
-    let mut proxy = Proxy::of(&server).await;
-    for (key, message) in [
-        (
-            "calls",
-            "rule `rl|calls` is to be judged by policy `test/calls`, which counts permits: only rates and \
-             windows can judge what passes a proxy",
-        ),
-        (
-            "retries",
-            "rule `rl|retries` is to be judged by policy `test/retries`, which counts retries: only rates \
-             and windows can judge what passes a proxy",
-        ),
-        (
-            "none",
-            "rule `rl|none` is to be judged by policy `test/none`, and there is none of that name",
-        ),
+    let server = serve(&["calls", "retries", "plan"], policy).await;
+    for (name, kind) in [
+        ("calls", Kind::Concurrency(Concurrency { limit: Some(4), ttl: None })),
+        ("retries", Kind::RetryBudget(RetryBudget::default())),
     ] {
-        let refused = proxy.try_send(request([hits("plan", "a", 1), hits(key, "a", 1)])).await;
-        let refused = refused.unwrap_err();
-        assert_eq!((refused.code(), refused.message()), (Code::FailedPrecondition, message));
+        let refused = put(&server, name, kind).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition);
+        let message = format!("policy `test/{name}` judges the rule `rl|{name}`");
+        assert!(refused.message().starts_with(&message), "{refused}");
+        assert!(refused.message().contains("only rates and windows can judge"), "{refused}");
     }
+    let mut proxy = Proxy::of(&server).await;
+    let refused = proxy.try_send(request([hits("plan", "a", 1), hits("calls", "a", 1)])).await;
+    let refused = refused.unwrap_err();
+    let message =
+        "rule `rl|calls` is to be judged by policy `test/calls`, and there is none of that name";
+    assert_eq!((refused.code(), refused.message()), (Code::FailedPrecondition, message));
     assert_eq!(proxy.one(peek("plan", "a")).await, Told::Ok(3), "nothing was charged");
     server.stop().await.unwrap();
 }
@@ -134,7 +126,8 @@ async fn a_policy_that_operators_change_judges_at_once() {
     let mut proxy = Proxy::of(&server).await;
     let put = async |limit, seconds| {
         let per = Some(prost_types::Duration { seconds, nanos: 0 });
-        put(&server, "made", Kind::FixedWindow(FixedWindow { limit: Some(limit), per })).await;
+        let window = Kind::FixedWindow(FixedWindow { limit: Some(limit), per });
+        put(&server, "made", window).await.expect("it is put");
     };
     assert!(proxy.try_send(request([hits("made", "a", 1)])).await.is_err());
     put(5, 60).await;
@@ -148,9 +141,10 @@ async fn a_policy_that_operators_change_judges_at_once() {
         reason: "over".into(),
         ..Default::default()
     };
-    AdminClient::new(server.channel().await).delete_policy(end).await.unwrap();
-    let refused = proxy.try_send(request([hits("made", "a", 1)])).await.unwrap_err();
+    let refused = AdminClient::new(server.channel().await).delete_policy(end).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("judges the rule `rl|made`"), "{refused}");
+    assert_eq!(proxy.one(peek("made", "a")).await, Told::Ok(7), "it is there as before");
     server.stop().await.unwrap();
 }
 
