@@ -35,12 +35,8 @@ impl Observed {
         description: &'static str,
         tell: impl Fn(&App, Observer<'_>) + Send + Sync + 'static,
     ) {
-        let lifecycle = Arc::clone(&self.lifecycle);
         let counter = self.meter.u64_observable_counter(name).with_description(description);
-        let tell = move |observer: Observer<'_>| {
-            lifecycle.app().into_iter().for_each(|app| tell(app, observer));
-        };
-        counter.with_callback(tell).build();
+        counter.with_callback(self.once_there(tell)).build();
     }
 
     /// A gauge that the app tells, once there is one.
@@ -50,12 +46,16 @@ impl Observed {
         description: &'static str,
         tell: impl Fn(&App, Observer<'_>) + Send + Sync + 'static,
     ) {
-        let lifecycle = Arc::clone(&self.lifecycle);
         let gauge = self.meter.u64_observable_gauge(name).with_description(description);
-        let tell = move |observer: Observer<'_>| {
-            lifecycle.app().into_iter().for_each(|app| tell(app, observer));
-        };
-        gauge.with_callback(tell).build();
+        gauge.with_callback(self.once_there(tell)).build();
+    }
+
+    fn once_there(
+        &self,
+        tell: impl Fn(&App, Observer<'_>) + Send + Sync + 'static,
+    ) -> impl Fn(Observer<'_>) + Send + Sync + 'static {
+        let lifecycle = Arc::clone(&self.lifecycle);
+        move |observer| lifecycle.app().into_iter().for_each(|app| tell(app, observer))
     }
 }
 
