@@ -6,6 +6,7 @@ use arrayvec::ArrayVec;
 
 use crate::{
     Admission, Ask, Cell, Kind, Level, Limit, Moment, Policy, Purpose, Reason, Settled, Settlement,
+    State,
 };
 
 /// Most rules that one decision takes: 16 asks of policies with four limits each.
@@ -172,8 +173,8 @@ pub fn apply_to(
         // What others wait for is not drained by who is denied for that.
         let always = charging == Charging::Always && !is_held(rule);
         let charge = (allows || always || is_credit(rule)) && !is_watched_permit(rule);
-        if charge && plan.charged != state {
-            *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
+        if charge {
+            put(cell, rule.policy, state, plan.charged);
         }
         let Level { remaining, reset_after } = if charge { plan.after } else { plan.before };
         decision.verdicts.push(Verdict {
@@ -228,9 +229,14 @@ fn give_back(rules: &[Rule<'_>], cells: &mut [Option<Cell>], now: Moment) {
         let cell = &mut cells[rule.cell];
         let state = rule.policy.state(*cell);
         let plan = rule.policy.limit.plan(state, rule.ask, now);
-        if plan.charged != state {
-            *cell = plan.charged.map(|state| Cell { revision: rule.policy.revision, state });
-        }
+        put(cell, rule.policy, state, plan.charged);
+    }
+}
+
+/// Gives a cell another state, if it is another: one that nothing changed keeps its revision.
+fn put(cell: &mut Option<Cell>, policy: &Policy, before: Option<State>, after: Option<State>) {
+    if after != before {
+        *cell = after.map(|state| Cell { revision: policy.revision, state });
     }
 }
 
@@ -290,9 +296,7 @@ pub fn settle(
 ) -> Settled<Cell> {
     let state = policy.state(*cell);
     let settled = policy.limit.settle(state, settlement, now);
-    if settled.state != state {
-        *cell = settled.state.map(|state| Cell { revision: policy.revision, state });
-    }
+    put(cell, policy, state, settled.state);
     Settled {
         state: *cell,
         refunded: settled.refunded,
