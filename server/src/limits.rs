@@ -16,7 +16,8 @@ pub const BATCH_ASKS: usize = 4_096;
 /// Outcomes in one report: as a batch.
 pub const REPORT_OUTCOMES: usize = 1_000;
 
-/// Bytes of one message from a client: four times the largest sensible batch.
+/// Bytes of one message from a client: four times the largest sensible batch. From a proxy it holds all headers that
+/// one takes, 60 KiB, in each of 16 descriptors; a message that is refused may pass the proxy uncounted.
 pub const MESSAGE_BYTES: usize = 1024 * 1024;
 
 /// Bytes of all messages that are being received: what clients hold back in the middle of a message is
@@ -330,10 +331,6 @@ pub const DESCRIPTOR_ENTRIES: usize = 32;
 /// Bytes of a value in a rule: a path with its query. Those of descriptors are as long as they are, and count by what
 /// they begin with and a hash.
 pub const DESCRIPTOR_VALUE_BYTES: usize = 4 * 1024;
-
-/// Bytes of one request to Envoy's rate limit service: all headers that a proxy takes, 60 KiB, in each of 16
-/// descriptors. One that is refused may pass the proxy uncounted.
-pub const RATELIMIT_BYTES: usize = 1024 * 1024;
 
 /// Rules of Envoy's rate limit service, of all domains: each is a policy, of some kilobytes.
 pub const RULES: usize = 20_000;

@@ -97,7 +97,7 @@ impl Calls {
         let resilience = ResilienceServer::new(service);
         let resilience = resilience.max_decoding_message_size(limits::MESSAGE_BYTES);
         let ratelimit = RateLimitServiceServer::new(ratelimit);
-        let ratelimit = ratelimit.max_decoding_message_size(limits::RATELIMIT_BYTES);
+        let ratelimit = ratelimit.max_decoding_message_size(limits::MESSAGE_BYTES);
         Self { resilience, ratelimit, routes, clock, methods, received: Arc::default(), draining }
     }
 }
@@ -121,15 +121,13 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
             delivery: None,
         };
         let path = request.uri().path();
-        let is_ratelimit = is_of(RATELIMIT, path);
         let service = if is_of(RESILIENCE, path) {
             Either::Left(Either::Left(self.resilience.clone()))
-        } else if is_ratelimit {
+        } else if is_of(RATELIMIT, path) {
             Either::Left(Either::Right(self.ratelimit.clone()))
         } else {
             Either::Right(self.routes.clone())
         };
-        let most = if is_ratelimit { limits::RATELIMIT_BYTES } else { limits::MESSAGE_BYTES };
         let bytes = Reservation::nothing(&self.received);
         let draining = streams.then(|| Box::pin(self.draining.clone().cancelled_owned()));
         Box::pin(async move {
@@ -154,7 +152,7 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
             call.delivery = head.extensions.remove::<Delivery>();
             // Only an answer that is an error, and nothing else, has its status here.
             if let Some(status) = Status::from_header_map(&head.headers) {
-                let status = status::corrected(status, most);
+                let status = status::corrected(status);
                 call.code = status.code();
                 head.headers.remove(Status::GRPC_MESSAGE);
                 // What cannot be a header is told by its code alone.

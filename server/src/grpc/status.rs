@@ -179,14 +179,14 @@ fn shortened(text: &str) -> String {
     format!("{}\u{2026}", &text[..text.floor_char_boundary(limits::ECHOED_BYTES)])
 }
 
-/// What tonic answers to a message that it cannot take, as this service's contract says it; it takes those of at
-/// most so many bytes.
-pub(super) fn corrected(status: Status, most: usize) -> Status {
+/// What tonic answers to a message that it cannot take, as this service's contract says it.
+pub(super) fn corrected(status: Status) -> Status {
     match status.code() {
         // Nothing here is a range that a caller could iterate over.
-        Code::OutOfRange => {
-            Status::resource_exhausted(format!("the message is too large: at most {most} bytes"))
-        }
+        Code::OutOfRange => Status::resource_exhausted(format!(
+            "the message is too large: at most {} bytes",
+            limits::MESSAGE_BYTES
+        )),
         // The handlers have no internal errors: this is a message that is not one.
         Code::Internal => Status::invalid_argument(status.message()),
         _ => status,
