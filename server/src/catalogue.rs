@@ -68,6 +68,8 @@ pub struct Policy {
     pub max_waiting: usize,
     /// How long a lease lives.
     pub lease_time: Duration,
+    /// What it counts that is no hits, if it does: then it judges no rule of Envoy's.
+    pub no_hits: Option<&'static str>,
     /// Names its cells.
     pub cells: CellHasher,
     /// How many cells it may have.

@@ -16,7 +16,7 @@ use crate::{
         Catalogue, Policy, PolicyName, Ratelimit,
         domains::{Domain, Hit, Judge, Key, Rule},
     },
-    config::envoy::{Amount, EnvoyRatelimit, Metadata, ONLY_RATES, Unit, counts_no_hits},
+    config::envoy::{Amount, EnvoyRatelimit, Metadata, ONLY_RATES, Unit},
     limits,
     storage::{Answer, CellAsk, Charge, Decided, StorageError},
 };
@@ -392,8 +392,7 @@ fn native<'c>(
     let (rule, policy) = (|| rule.path.to_string(), || name.clone());
     let unknown = || RatelimitError::UnknownPolicy { rule: rule(), policy: policy() };
     let found = catalogue.policy(name).ok_or_else(unknown)?;
-    let counts = found.limiters().find_map(|limiter| counts_no_hits(&limiter.settings.limit));
-    match counts {
+    match found.no_hits {
         Some(counts) => Err(RatelimitError::NotARate { rule: rule(), policy: policy(), counts }),
         None => Ok(found),
     }

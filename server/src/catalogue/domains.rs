@@ -865,6 +865,7 @@ mod tests {
             reserves: Reserves::default(),
             max_waiting: 0,
             lease_time: Duration::ZERO,
+            no_hits: None,
             cells: CellHasher::new(&[7; 16], "envoy", name.as_str()),
             budget: Arc::new(Budget::new(0)),
             decisions: Arc::new(Decisions::default()),

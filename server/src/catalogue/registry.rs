@@ -742,6 +742,7 @@ fn named_policy(
         reserves: policy.reserves,
         max_waiting: policy.max_waiting,
         lease_time: policy.lease_time,
+        no_hits: envoy::has_no_hits(policy),
         cells,
         budget,
         decisions: former.map(|former| Arc::clone(&former.decisions)).unwrap_or_default(),

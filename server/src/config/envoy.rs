@@ -359,8 +359,7 @@ pub fn has_no_hits(policy: &Policy) -> Option<&'static str> {
 }
 
 /// What a limit counts that is no hits: nobody would give it back.
-#[must_use]
-pub const fn counts_no_hits(limit: &Limit) -> Option<&'static str> {
+const fn counts_no_hits(limit: &Limit) -> Option<&'static str> {
     match limit {
         Limit::Concurrency(_) => Some("permits"),
         Limit::RetryBudget(_) => Some("retries"),
