@@ -2,13 +2,17 @@
 //!
 //! [`apply`] decides over 1 to [`MAX_RULES`] cells in two phases, plan and commit; [`settle`] corrects a
 //! charge once the true cost is known. Both are functions of their arguments: time comes in as a [`Time`].
-//! What a limiter must know is the trait [`Kind`]; [`Limit`] and [`State`] are the sum of the kinds.
+//! What a limiter must know is the trait [`Kind`]; [`Limit`] and [`State`] are the sum of the kinds. A
+//! [`circuit`] is apart from them: it remembers more, and is asked before them.
 //!
 //! The crate is `no_std`, so that a clock read, a lock, a log line or a socket in it does not compile.
 #![no_std]
 #![forbid(unsafe_code)]
 
+extern crate alloc;
+
 mod apply;
+pub mod circuit;
 pub mod concurrency;
 mod kind;
 mod limit;
