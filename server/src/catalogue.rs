@@ -9,7 +9,7 @@ pub mod registry;
 use std::{fmt, sync::Arc, time::Duration};
 
 use arrayvec::ArrayVec;
-use fusebox_core::{Ask, Kind, Limit, Moment, Purpose, Window};
+use fusebox_core::{Ask, Kind, Limit, Moment, Purpose, Window, circuit::Breaker};
 use hashbrown::HashMap;
 
 pub use self::{almanac::Almanac, budget::Budget, domains::Domains, names::Names};
@@ -60,6 +60,8 @@ pub struct Policy {
     pub rules: Rules,
     /// What judges the keys of overrides.
     pub overrides: Overrides,
+    /// When its circuits open, if it is a breaker; then it has no limits.
+    pub breakers: Option<Breakers>,
     /// It only watches.
     pub shadow: bool,
     /// What is kept from callers of a lower priority.
@@ -98,6 +100,19 @@ pub struct Overrides {
     pub exact: HashMap<Box<str>, Rules>,
     /// By prefix, the longest first.
     pub prefixes: Vec<(Box<str>, Rules)>,
+}
+
+/// When the circuits of a policy open.
+#[derive(Debug)]
+pub struct Breakers {
+    /// Of keys that no override names.
+    pub own: Arc<Breaker>,
+    /// By key.
+    pub exact: HashMap<Box<str>, Arc<Breaker>>,
+    /// By prefix, the longest first.
+    pub prefixes: Vec<(Box<str>, Arc<Breaker>)>,
+    /// Most circuits.
+    pub most: usize,
 }
 
 /// Shares of what a policy has that callers of a lower priority must leave, in basis points: 10,000 is all.
@@ -288,6 +303,15 @@ impl Overrides {
     fn of(&self, key: &str) -> Option<&Rules> {
         let longest = || self.prefixes.iter().find(|(prefix, _)| key.starts_with(&**prefix));
         self.exact.get(key).or_else(|| longest().map(|(_, rules)| rules))
+    }
+}
+
+impl Breakers {
+    /// Of that key.
+    pub fn of(&self, key: &str) -> &Arc<Breaker> {
+        let longest = || self.prefixes.iter().find(|(prefix, _)| key.starts_with(&**prefix));
+        let other = self.exact.get(key).or_else(|| longest().map(|(_, breaker)| breaker));
+        other.unwrap_or(&self.own)
     }
 }
 

@@ -192,6 +192,15 @@ impl Resilience for Service {
         Ok(delivered(AcquireBatchResponse { responses }, together(deliveries)))
     }
 
+    type WatchStream = tonic::codegen::BoxStream<fusebox_proto::v1::WatchResponse>;
+
+    async fn watch(
+        &self,
+        _: Request<fusebox_proto::v1::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
     async fn report(
         &self,
         request: Request<ReportRequest>,

@@ -861,6 +861,7 @@ mod tests {
             name: name.as_str().into(),
             rules: super::super::Rules { limiters: ArrayVec::new(), overflow: None },
             overrides: Overrides::default(),
+            breakers: None,
             shadow: false,
             reserves: Reserves::default(),
             max_waiting: 0,

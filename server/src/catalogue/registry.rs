@@ -738,6 +738,7 @@ fn named_policy(
         name: Arc::clone(&name.policy),
         rules: own,
         overrides,
+        breakers: None,
         shadow: policy.shadow,
         reserves: policy.reserves,
         max_waiting: policy.max_waiting,

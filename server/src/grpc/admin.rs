@@ -9,12 +9,13 @@ use std::sync::Arc;
 
 use fusebox_proto::v1::{
     DeletePolicyRequest, DeletePolicyResponse, GetPolicyRequest, GetPolicyResponse,
-    InspectBucketRequest, InspectBucketResponse, ListBucketsRequest, ListBucketsResponse,
+    InspectBucketRequest, InspectBucketResponse, InspectCircuitRequest, InspectCircuitResponse,
+    ListBucketsRequest, ListBucketsResponse, ListCircuitsRequest, ListCircuitsResponse,
     ListClientsRequest, ListClientsResponse, ListEventsRequest, ListEventsResponse,
     ListPoliciesRequest, ListPoliciesResponse, PutPolicyRequest, PutPolicyResponse,
     ReleaseGrantRequest, ReleaseGrantResponse, ResetBucketRequest, ResetBucketResponse,
-    ServerInfoRequest, ServerInfoResponse, TopKeysRequest, TopKeysResponse,
-    admin_server::Admin as Methods,
+    ServerInfoRequest, ServerInfoResponse, SetCircuitModeRequest, SetCircuitModeResponse,
+    TopKeysRequest, TopKeysResponse, admin_server::Admin as Methods,
 };
 use tonic::{Request, Response, Status};
 
@@ -222,6 +223,27 @@ impl Methods for Admin {
         });
         let grant = Some(respond::holding(&released.await?));
         Ok(Response::new(ReleaseGrantResponse { grant }))
+    }
+
+    async fn list_circuits(
+        &self,
+        _: Request<ListCircuitsRequest>,
+    ) -> Result<Response<ListCircuitsResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn inspect_circuit(
+        &self,
+        _: Request<InspectCircuitRequest>,
+    ) -> Result<Response<InspectCircuitResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn set_circuit_mode(
+        &self,
+        _: Request<SetCircuitModeRequest>,
+    ) -> Result<Response<SetCircuitModeResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
     }
 
     async fn list_events(

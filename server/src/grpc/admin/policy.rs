@@ -25,6 +25,7 @@ enum Kind {
     Concurrency(v1::Concurrency),
     RetryBudget(v1::RetryBudget),
     Limits(v1::Limits),
+    Breaker(v1::Breaker),
 }
 
 /// The places, each with those kinds that may be there.
@@ -51,8 +52,8 @@ macro_rules! places {
 }
 
 places! {
-    policy::Kind => of_policy: TokenBucket SlidingWindow FixedWindow CalendarWindow Concurrency RetryBudget Limits;
-    policy_override::Kind => of_override: TokenBucket SlidingWindow FixedWindow CalendarWindow Concurrency RetryBudget Limits;
+    policy::Kind => of_policy: TokenBucket SlidingWindow FixedWindow CalendarWindow Concurrency RetryBudget Limits Breaker;
+    policy_override::Kind => of_override: TokenBucket SlidingWindow FixedWindow CalendarWindow Concurrency RetryBudget Limits Breaker;
     limit::Kind => of_limit: TokenBucket SlidingWindow FixedWindow CalendarWindow;
 }
 
@@ -162,6 +163,10 @@ fn override_message(one: &Override) -> v1::PolicyOverride {
 fn limits_of(refusal: &mut Refusal, path: &str, kind: Option<Kind>) -> Option<Vec<LimitSettings>> {
     let list = match kind {
         Some(Kind::Limits(v1::Limits { limits })) => limits,
+        Some(Kind::Breaker(_)) => {
+            refusal.unsupported(true, || format!("{path}.breaker"));
+            return None;
+        }
         Some(one) => return Some(vec![limit_of(refusal, path, one)?]),
         None => {
             refusal.violation(path, "a limiter is needed, such as `token_bucket`");
@@ -247,7 +252,7 @@ fn limit_of(refusal: &mut Refusal, path: &str, kind: Kind) -> Option<LimitSettin
             (fields.right(budget.map(Limit::RetryBudget))?, None)
         }
         // Only in a list, and lists have no lists.
-        Kind::Limits(_) => return None,
+        Kind::Limits(_) | Kind::Breaker(_) => return None,
     };
     Some(LimitSettings { limit, calendar })
 }

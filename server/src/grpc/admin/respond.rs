@@ -154,6 +154,8 @@ pub(super) fn info(info: Info) -> ServerInfoResponse {
         open_grants: info.open_grants as u64,
         waiting: info.waiting as u64,
         truth_id: info.truth_id,
+        circuits: 0,
+        watchers: 0,
     }
 }
 
