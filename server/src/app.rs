@@ -1,6 +1,7 @@
 //! What callers can do: the server without its transport.
 
 pub mod admin;
+mod circuits;
 mod clients;
 pub mod events;
 mod grants;
@@ -36,6 +37,7 @@ use self::{
     lessees::Lessees,
 };
 pub use self::{
+    circuits::{Granted, Pass, PassName, Passes, Seen},
     grants::{GrantId, GrantName, Grants, Told},
     line::{Attempt, Lines, Place, Stood},
     priority::Priority,
@@ -52,8 +54,8 @@ use crate::{
     limits,
     reservation::Reservation,
     storage::{
-        Answer, CellAsk, Charge, Charged, Decided, Holds, Judge, OpenGrant, OpenPart, Operations,
-        Room, Storage, StorageError,
+        Answer, CellAsk, Charge, Charged, Circuits, Decided, Holds, Judge, OpenGrant, OpenPart,
+        Operations, Room, Storage, StorageError,
     },
 };
 
@@ -228,6 +230,7 @@ pub struct BatchError {
 pub struct App {
     catalogue: ArcSwap<Catalogue>,
     storage: Arc<dyn Storage>,
+    circuits: Arc<Circuits>,
     grants: Grants,
     /// Held while a grant that a crash forgot is taken over.
     attesting: Mutex<()>,
@@ -247,6 +250,8 @@ pub struct Life {
     pub boot: u64,
     /// Drawn once for the data directory.
     pub secret: [u8; 16],
+    /// The circuits.
+    pub circuits: Arc<Circuits>,
     /// Grants that a clean stop left open.
     pub open: Vec<OpenGrant>,
     /// Cancelled when its end begins: nobody waits in line any longer.
@@ -285,6 +290,7 @@ impl App {
         Self {
             catalogue: ArcSwap::from_pointee(catalogue),
             storage,
+            circuits: life.circuits,
             grants,
             attesting: Mutex::default(),
             lessees: Lessees::default(),
@@ -296,6 +302,11 @@ impl App {
             passed_in_shadow: AtomicU64::new(0),
             desk,
         }
+    }
+
+    /// The circuits.
+    pub fn circuits(&self) -> &Arc<Circuits> {
+        &self.circuits
     }
 
     /// The policies in force.
@@ -453,7 +464,10 @@ impl App {
     /// If the storage failed.
     pub fn tend(&self) -> Result<(), StorageError> {
         let now = self.clock.now();
-        self.storage.tend(&self.catalogue.load(), now);
+        let catalogue = self.catalogue.load();
+        self.storage.tend(&catalogue, now);
+        self.circuits.tend(&catalogue, now.time);
+        drop(catalogue);
         for due in self.grants.expire(now.time) {
             // Nobody waits for it: the writer sees to it that it reaches the disk.
             self.settle(&due, now)?;

@@ -19,7 +19,7 @@ use crate::{
     counters::Decisions,
     digest::{Content, Digest},
     limits,
-    storage::{CellAsk, Keeping},
+    storage::{CellAsk, Keeping, Place},
 };
 
 /// All policies at one moment.
@@ -254,6 +254,19 @@ impl Policy {
         } else {
             self.overrides.of(key).unwrap_or(&self.rules)
         }
+    }
+
+    /// Where the circuit of that key is, if this is a breaker.
+    pub fn place<'a>(&'a self, key: &'a str) -> Option<Place<'a>> {
+        let breakers = self.breakers.as_ref()?;
+        Some(Place {
+            namespace: &self.namespace,
+            policy: &self.name,
+            key,
+            cell: self.cells.cell(key),
+            breaker: breakers.of(key),
+            most: breakers.most,
+        })
     }
 
     /// Every limiter, also of overrides.

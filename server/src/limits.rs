@@ -388,3 +388,24 @@ pub const SNAPSHOT_IN_USE: Duration = Duration::from_secs(10);
 
 /// Pause between two looks at whether it still is.
 pub const SNAPSHOT_LOOKS: Duration = Duration::from_millis(1);
+
+/// Circuits of all breakers: some hundred megabytes where each has reporters. Past it, and past those of a
+/// breaker, they are not shared, and each client's own breaker acts.
+pub const CIRCUITS: usize = 100_000;
+
+/// Shards of the circuits: fewer than of the cells, as who asks through them holds the lock of one while it
+/// charges. Housekeeping looks at one in each round, so at all of them in less than a second.
+pub const CIRCUIT_SHARDS: usize = 16;
+
+/// Breakers asked in one Acquire: that of what is called, and that of the host that it is called on.
+pub const CIRCUIT_ASKS: usize = 2;
+
+/// Time after which a circuit may be forgotten that nobody asks for or tells of: calls take less than that.
+pub const CIRCUIT_LINGERS: Duration = Duration::from_secs(600);
+
+/// Time for which it is remembered that a circuit was open: who comes in the morning may ask what happened.
+pub const CIRCUIT_REMEMBERED: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Latest changes of a namespace's circuits that are known by name: who watches and is further behind begins
+/// anew.
+pub const WATCH_LOG: usize = 1_024;

@@ -147,6 +147,7 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
     let storage::Recovered {
         catalogue,
         cells,
+        circuits,
         grants,
         operations,
         writer,
@@ -177,7 +178,7 @@ pub async fn run(parts: Parts) -> Result<(), RunError> {
         Arc::clone(&cells) as Arc<_>,
         clock,
         parts.entropy,
-        Life { boot, secret, open: grants, operations, draining: grpc.stop.clone() },
+        Life { boot, secret, circuits, open: grants, operations, draining: grpc.stop.clone() },
     ));
     let writer = WriterThread::spawn(writer).map_err(internal)?;
     lifecycle.recovered(Arc::clone(&app), disk);

@@ -1,8 +1,10 @@
 //! Cells, and who may change them at once.
 //!
 //! A [`Storage`] owns the cells and their concurrency, and asks the core what becomes of them. Under
-//! [`Embedded`], which keeps them in memory, a [`Journal`](journal::Journal) keeps them on disk.
+//! [`Embedded`], which keeps them in memory, a [`Journal`](journal::Journal) keeps them on disk. [`Circuits`]
+//! are in memory wherever cells are, and their journal is the same.
 
+mod circuits;
 mod embedded;
 pub mod journal;
 pub(crate) mod record;
@@ -19,6 +21,7 @@ use tokio::sync::oneshot;
 
 use self::journal::Write;
 pub use self::{
+    circuits::{Board, Boards, CircuitName, Circuits, Locked, Place},
     embedded::Embedded,
     recovery::{Operations, Recovered, RecoveryError, Start, recover},
     writer::{Left, Writer},

@@ -97,9 +97,26 @@ pub fn app(lifecycle: &Lifecycle, config: &str) -> Arc<App> {
 }
 
 fn app_of(recovered: Recovered) -> (App, Writer) {
-    let Recovered { catalogue, cells, grants, operations, writer, clock, boot, secret, .. } =
-        recovered;
-    let life = Life { boot, secret, open: grants, draining: CancellationToken::new(), operations };
+    let Recovered {
+        catalogue,
+        cells,
+        circuits,
+        grants,
+        operations,
+        writer,
+        clock,
+        boot,
+        secret,
+        ..
+    } = recovered;
+    let life = Life {
+        boot,
+        secret,
+        circuits,
+        open: grants,
+        draining: CancellationToken::new(),
+        operations,
+    };
     (App::new(catalogue, cells, clock, Arc::new(Counting::default()), life), writer)
 }
 

@@ -20,8 +20,8 @@ use core::time::Duration;
 
 pub use self::{
     breaker::{
-        Breaker, HalfOpen, InvalidBreaker, MAX_REPORTERS, MAX_STEPS, OpenFor, Ramp, Settings,
-        Share, SlowCall, Window as WindowSettings,
+        Breaker, HalfOpen, InvalidBreaker, MAX_PROBES, MAX_REPORTERS, MAX_STEPS, OpenFor, Ramp,
+        Settings, Share, SlowCall, Window as WindowSettings,
     },
     evidence::{Evidence, LATENCIES, MAX_KINDS},
     phase::{Event, Mode, Phase, State},

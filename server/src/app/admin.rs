@@ -943,10 +943,11 @@ mod tests {
             clock: Arc::clone(clock) as Arc<_>,
             entropy: &SystemEntropy,
         });
-        let Recovered { catalogue, cells, grants, operations, clock, boot, secret, .. } =
-            recovered.unwrap();
+        let Recovered {
+            catalogue, cells, circuits, grants, operations, clock, boot, secret, ..
+        } = recovered.unwrap();
         let draining = CancellationToken::new();
-        let life = Life { boot, secret, open: grants, draining, operations };
+        let life = Life { boot, secret, circuits, open: grants, draining, operations };
         App::new(catalogue, cells, clock, Arc::new(SystemEntropy), life)
     }
 

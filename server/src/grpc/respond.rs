@@ -2,12 +2,17 @@
 
 use std::time::Duration;
 
-use fusebox_core::{Admission, Reason};
+use fusebox_core::{
+    Admission, Reason, Time,
+    circuit::{self, Mode, State, View},
+};
 use fusebox_proto::v1::{
-    self, AcquireResponse, Decision, Renewal, ReportResponse, ReportResult, Verdict,
+    self, AcquireResponse, CircuitMode, CircuitState, CircuitStatus, Decision, Renewal,
+    ReportResponse, ReportResult, Verdict,
 };
 
 use crate::app::{Acquired, GrantId, Renewed, Reported};
+use crate::storage::CircuitName;
 
 /// The answer to an Acquire, and what has to be known of it beside.
 pub(super) struct Reply {
@@ -70,6 +75,69 @@ pub(super) fn reported(
         results: results.iter().map(result).collect(),
         renewals: ids.into_iter().zip(renewed).map(renewal).collect(),
         ..Default::default()
+    }
+}
+
+/// A circuit as it is told of, at this moment.
+pub(super) fn circuit_status(name: &CircuitName, view: &View, now: Time) -> CircuitStatus {
+    let left = |until: Time| duration(Duration::from_nanos(until.nanos_since(now)));
+    CircuitStatus {
+        policy: name.breaker.policy.to_string(),
+        key: name.key.to_string(),
+        state: circuit_state(view.phase.state()).into(),
+        mode: circuit_mode(view.phase.mode()).into(),
+        generation: view.generation.0,
+        outlier: false,
+        ramp_basis_points: view.ramp.map(|share| share.basis_points().into()),
+        open_for: view.half_open_at.map(left),
+        valid_for: None,
+        evidence: circuit_evidence(view, now),
+        mode_expires_in: view.forced.as_ref().map(|forced| left(forced.until)),
+    }
+}
+
+/// Why a circuit is as it is, if it is not closed or somebody forced it.
+pub(super) fn circuit_evidence(view: &View, now: Time) -> Option<v1::Evidence> {
+    let mut told = view.evidence.as_ref().map(evidence);
+    if let Some(forced) = &view.forced {
+        told.get_or_insert_default().forced_reason = forced.reason.to_string();
+    }
+    if let Some(opened_at) = view.opened_at {
+        let open_for = Duration::from_nanos(now.nanos_since(opened_at));
+        told.get_or_insert_default().open_since = Some(duration(open_for));
+    }
+    told
+}
+
+/// What a circuit was opened by, or would be.
+pub(super) fn evidence(evidence: &circuit::Evidence) -> v1::Evidence {
+    v1::Evidence {
+        failure_rate_basis_points: evidence.failure_rate.basis_points().into(),
+        slow_rate_basis_points: evidence.slow_rate.basis_points().into(),
+        calls: evidence.calls,
+        reporters: evidence.reporters,
+        unhealthy_reporters: evidence.unhealthy,
+        zones: evidence.zones.iter().map(ToString::to_string).collect(),
+        error_kinds: evidence.kinds.iter().map(ToString::to_string).collect(),
+        forced_reason: String::new(),
+        open_since: None,
+    }
+}
+
+pub(super) const fn circuit_state(state: State) -> CircuitState {
+    match state {
+        State::Closed => CircuitState::Closed,
+        State::Open => CircuitState::Open,
+        State::HalfOpen => CircuitState::HalfOpen,
+    }
+}
+
+pub(super) const fn circuit_mode(mode: Mode) -> CircuitMode {
+    match mode {
+        Mode::Normal => CircuitMode::Normal,
+        Mode::ForcedOpen => CircuitMode::ForcedOpen,
+        Mode::Disabled => CircuitMode::Disabled,
+        Mode::MetricsOnly => CircuitMode::MetricsOnly,
     }
 }
 

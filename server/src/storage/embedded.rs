@@ -120,6 +120,11 @@ impl Embedded {
         self.shards.len()
     }
 
+    /// Wakes the writer.
+    pub(super) fn waker(&self) -> SyncSender<()> {
+        self.wake.clone()
+    }
+
     /// Counts the marks that wait for the writer.
     pub(super) fn queued(&self) -> Arc<AtomicUsize> {
         Arc::clone(&self.queued)

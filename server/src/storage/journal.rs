@@ -92,12 +92,21 @@ pub enum Keyspace {
     Made = 4,
     /// The audit trail, by number.
     Events = 5,
+    /// Circuits by id.
+    Circuits = 6,
 }
 
 impl Keyspace {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Meta, Self::Policies, Self::Cells, Self::Grants, Self::Made, Self::Events];
+    pub const ALL: [Self; 7] = [
+        Self::Meta,
+        Self::Policies,
+        Self::Cells,
+        Self::Grants,
+        Self::Made,
+        Self::Events,
+        Self::Circuits,
+    ];
 }
 
 /// Writes that are applied together.

@@ -1,15 +1,16 @@
 //! What is written to the journal: protobuf messages, so that they may grow.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use fusebox_core::{
     Cell, Concurrency, Former, Formers, Limit, MAX_FORMERS, Moment, Policy, RetryBudget,
-    SlidingWindow, State, Time, TokenBucket, Wall, WindowLimit, concurrency, retry_budget,
-    saturating_nanos, sliding_window, token_bucket, window,
+    SlidingWindow, State, Time, TokenBucket, Wall, WindowLimit,
+    circuit::{self, Evidence, Generation, Phase, Share, Transition},
+    concurrency, retry_budget, saturating_nanos, sliding_window, token_bucket, window,
 };
 use prost::{Message, Oneof};
 
-use super::{Holds, OpenGrant, OpenPart, embedded::Kept};
+use super::{Holds, OpenGrant, OpenPart, circuits::CircuitName, embedded::Kept};
 use crate::{
     app::GrantId,
     catalogue::{CellId, LimiterNumber},
@@ -293,6 +294,207 @@ struct RetryBudgetState {
     balances: Vec<i32>,
     #[prost(uint64, tag = "2")]
     newest: u64,
+}
+
+/// A circuit, of which something is known that its breaker does not say.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct CircuitRecord {
+    #[prost(string, tag = "1")]
+    pub(super) namespace: String,
+    #[prost(string, tag = "2")]
+    pub(super) policy: String,
+    #[prost(string, tag = "3")]
+    pub(super) key: String,
+    /// In the order of [`Phase::ALL`].
+    #[prost(uint32, tag = "4")]
+    phase: u32,
+    #[prost(uint64, tag = "5")]
+    generation: u64,
+    #[prost(uint64, tag = "6")]
+    since_nanos: u64,
+    #[prost(uint64, optional, tag = "7")]
+    opened_at_nanos: Option<u64>,
+    #[prost(uint64, tag = "8")]
+    wait_until_nanos: u64,
+    #[prost(uint32, tag = "9")]
+    attempt: u32,
+    #[prost(bool, tag = "10")]
+    ramps: bool,
+    #[prost(message, optional, tag = "11")]
+    forced: Option<ForcedRecord>,
+    #[prost(message, repeated, tag = "12")]
+    history: Vec<TransitionRecord>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ForcedRecord {
+    #[prost(uint64, tag = "1")]
+    until_nanos: u64,
+    #[prost(string, tag = "2")]
+    reason: String,
+    #[prost(string, tag = "3")]
+    actor: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct TransitionRecord {
+    #[prost(uint64, tag = "1")]
+    generation: u64,
+    #[prost(uint64, tag = "2")]
+    at_nanos: u64,
+    /// In the order of [`Event::ALL`].
+    #[prost(uint32, tag = "3")]
+    event: u32,
+    #[prost(uint32, tag = "4")]
+    phase: u32,
+    #[prost(message, optional, tag = "5")]
+    evidence: Option<EvidenceRecord>,
+    #[prost(message, optional, tag = "6")]
+    order: Option<OrderRecord>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct OrderRecord {
+    #[prost(string, tag = "1")]
+    reason: String,
+    #[prost(string, tag = "2")]
+    actor: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct EvidenceRecord {
+    #[prost(uint32, tag = "1")]
+    failure_rate_basis_points: u32,
+    #[prost(uint32, tag = "2")]
+    slow_rate_basis_points: u32,
+    #[prost(uint64, tag = "3")]
+    calls: u64,
+    #[prost(uint32, tag = "4")]
+    reporters: u32,
+    #[prost(uint32, tag = "5")]
+    unhealthy: u32,
+    #[prost(string, repeated, tag = "6")]
+    zones: Vec<String>,
+    #[prost(string, repeated, tag = "7")]
+    kinds: Vec<String>,
+}
+
+impl CircuitRecord {
+    pub(super) fn of(name: &CircuitName, kept: &circuit::Kept) -> Self {
+        Self {
+            namespace: name.breaker.namespace.to_string(),
+            policy: name.breaker.policy.to_string(),
+            key: name.key.to_string(),
+            phase: number_of(&Phase::ALL, kept.phase),
+            generation: kept.generation.0,
+            since_nanos: kept.since.as_nanos(),
+            opened_at_nanos: kept.opened_at.map(Time::as_nanos),
+            wait_until_nanos: kept.wait_until.as_nanos(),
+            attempt: kept.attempt,
+            ramps: kept.ramps,
+            forced: kept.forced.as_ref().map(|forced| ForcedRecord {
+                until_nanos: forced.until.as_nanos(),
+                reason: forced.reason.to_string(),
+                actor: forced.actor.to_string(),
+            }),
+            history: kept.history.iter().map(TransitionRecord::of).collect(),
+        }
+    }
+
+    /// What was kept; `None` if the record makes no sense.
+    pub(super) fn kept(&self) -> Option<circuit::Kept> {
+        Some(circuit::Kept {
+            phase: numbered(&Phase::ALL, self.phase)?,
+            generation: Generation(self.generation),
+            since: Time::from_nanos(self.since_nanos),
+            opened_at: self.opened_at_nanos.map(Time::from_nanos),
+            wait_until: Time::from_nanos(self.wait_until_nanos),
+            attempt: self.attempt,
+            ramps: self.ramps,
+            forced: self.forced.as_ref().map(|forced| circuit::Forced {
+                until: Time::from_nanos(forced.until_nanos),
+                reason: forced.reason.as_str().into(),
+                actor: forced.actor.as_str().into(),
+            }),
+            history: self
+                .history
+                .iter()
+                .map(TransitionRecord::transition)
+                .collect::<Option<_>>()?,
+        })
+    }
+}
+
+impl TransitionRecord {
+    fn of(transition: &Transition) -> Self {
+        Self {
+            generation: transition.generation.0,
+            at_nanos: transition.at.as_nanos(),
+            event: number_of(&circuit::Event::ALL, transition.event),
+            phase: number_of(&Phase::ALL, transition.phase),
+            evidence: transition.evidence.as_deref().map(EvidenceRecord::of),
+            order: transition.order.as_ref().map(|(reason, actor)| OrderRecord {
+                reason: reason.to_string(),
+                actor: actor.to_string(),
+            }),
+        }
+    }
+
+    fn transition(&self) -> Option<Transition> {
+        Some(Transition {
+            generation: Generation(self.generation),
+            at: Time::from_nanos(self.at_nanos),
+            event: numbered(&circuit::Event::ALL, self.event)?,
+            phase: numbered(&Phase::ALL, self.phase)?,
+            evidence: match &self.evidence {
+                Some(evidence) => Some(Box::new(evidence.evidence()?)),
+                None => None,
+            },
+            order: self
+                .order
+                .as_ref()
+                .map(|order| (order.reason.as_str().into(), order.actor.as_str().into())),
+        })
+    }
+}
+
+impl EvidenceRecord {
+    fn of(evidence: &Evidence) -> Self {
+        let texts = |all: &[Arc<str>]| all.iter().map(ToString::to_string).collect();
+        Self {
+            failure_rate_basis_points: evidence.failure_rate.basis_points().into(),
+            slow_rate_basis_points: evidence.slow_rate.basis_points().into(),
+            calls: evidence.calls,
+            reporters: evidence.reporters,
+            unhealthy: evidence.unhealthy,
+            zones: texts(&evidence.zones),
+            kinds: texts(&evidence.kinds),
+        }
+    }
+
+    fn evidence(&self) -> Option<Evidence> {
+        let share = |basis_points| Share::new(u16::try_from(basis_points).ok()?);
+        let texts = |all: &[String]| all.iter().map(|text| text.as_str().into()).collect();
+        Some(Evidence {
+            failure_rate: share(self.failure_rate_basis_points)?,
+            slow_rate: share(self.slow_rate_basis_points)?,
+            calls: self.calls,
+            reporters: self.reporters,
+            unhealthy: self.unhealthy,
+            zones: texts(&self.zones),
+            kinds: texts(&self.kinds),
+        })
+    }
+}
+
+/// The place of a value among all of its type, which is never changed once there are records.
+fn number_of<T: PartialEq>(all: &[T], one: T) -> u32 {
+    let place = all.iter().position(|other| *other == one).unwrap_or_default();
+    u32::try_from(place).unwrap_or_default()
+}
+
+fn numbered<T: Copy>(all: &[T], number: u32) -> Option<T> {
+    all.get(usize::try_from(number).ok()?).copied()
 }
 
 impl CommitRecord {

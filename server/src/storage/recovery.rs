@@ -12,12 +12,12 @@ use prost::Message;
 use thiserror::Error;
 
 use super::{
-    Embedded, Keeping, OpenGrant, Writer,
+    Circuits, Embedded, Keeping, OpenGrant, Writer,
     embedded::Kept,
     journal::{Batch, Journal, JournalError, Keyspace, OpenJournal, Write},
     record::{
-        CellRecord, CleanStop, CommitRecord, Directory, FORMAT, GrantRecord, LimiterRecord,
-        PolicyRecord, grant_of_key,
+        CellRecord, CircuitRecord, CleanStop, CommitRecord, Directory, FORMAT, GrantRecord,
+        LimiterRecord, PolicyRecord, grant_of_key,
     },
     writer::{CLEAN_STOP, COMMIT, Numbered},
 };
@@ -57,6 +57,8 @@ pub struct Recovered {
     pub catalogue: Catalogue,
     /// The cells.
     pub cells: Arc<Embedded>,
+    /// The circuits.
+    pub circuits: Arc<Circuits>,
     /// Grants that the last life left open.
     pub grants: Vec<OpenGrant>,
     /// What operators wrote and did.
@@ -237,6 +239,10 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
         gone: Vec::new(),
     };
     let grants = revival.revive(journal.store())?;
+    let seed = u128::from_be_bytes(entropy.bytes16());
+    #[allow(clippy::cast_possible_truncation)] // half of it is enough
+    let circuits = Circuits::new(boot, cells.waker(), seed as u64);
+    revival.revive_circuits(journal.store(), &circuits)?;
     let Revival { in_use, gone, .. } = revival;
     let now = clock.now();
     let is_done = |number: &LimiterNumber| {
@@ -256,9 +262,22 @@ fn recover_from(start: Start<'_>) -> Result<Recovered, RecoveryError> {
     journal.sync_witnessed()?;
 
     let cells = Arc::new(cells);
-    let writer = Writer::new(Arc::clone(&cells), journal, woken, boot);
+    let circuits = Arc::new(circuits);
+    let follows = (Arc::clone(&cells), Arc::clone(&circuits));
+    let writer = Writer::new(follows, journal, woken, boot);
     let operations = Operations { registry, events };
-    Ok(Recovered { catalogue, cells, grants, operations, writer, clock, boot, secret, clean })
+    Ok(Recovered {
+        catalogue,
+        cells,
+        circuits,
+        grants,
+        operations,
+        writer,
+        clock,
+        boot,
+        secret,
+        clean,
+    })
 }
 
 /// The limiters as the last life had them.
@@ -370,6 +389,26 @@ impl Revival<'_> {
             revived.ok_or_else(|| broken("cell", key))
         })?;
         Ok(grants)
+    }
+
+    /// Every circuit of a breaker that is there.
+    fn revive_circuits(
+        &mut self,
+        journal: &dyn Journal,
+        circuits: &Circuits,
+    ) -> Result<(), JournalError> {
+        journal.scan(Keyspace::Circuits, &mut |key, value| {
+            let record = CircuitRecord::decode(value).ok();
+            let kept = record.as_ref().and_then(|record| Some((record, record.kept()?)));
+            let (record, kept) = kept.ok_or_else(|| broken("circuit", key))?;
+            let name = PolicyName::new(&record.namespace, &record.policy);
+            let policy = self.catalogue.policy(&name);
+            match policy.and_then(|policy| policy.place(&record.key)) {
+                Some(place) => circuits.restore(&place, kept, self.now.time),
+                None => self.gone.push(Write::delete(Keyspace::Circuits, key)),
+            }
+            Ok(())
+        })
     }
 
     /// One cell; `None` if it is of no limiter.

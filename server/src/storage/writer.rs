@@ -15,7 +15,7 @@ use prost::Message;
 use tokio::sync::oneshot;
 
 use super::{
-    Embedded, OpenGrant, Storage, StorageError,
+    Circuits, Embedded, OpenGrant, Storage, StorageError,
     embedded::{Change, Waiter, not_before},
     journal::{Batch, Journal, JournalError, Keyspace, Write},
     record::{CellRecord, CleanStop, CommitRecord, GrantRecord, grant_key},
@@ -32,6 +32,7 @@ pub(super) const CLEAN_STOP: &[u8] = b"clean-stop";
 /// that came while the last one was synced.
 pub struct Writer {
     cells: Arc<Embedded>,
+    circuits: Arc<Circuits>,
     journal: Numbered,
     /// Words of those who queued something.
     woken: Receiver<()>,
@@ -41,7 +42,7 @@ pub struct Writer {
     round: u64,
     /// Who waits for a later round than the one that found them.
     waiting: Vec<Waiter>,
-    /// Who waits for a note that this round carries.
+    /// Who waits for a note, or a circuit, that this round carries.
     noted: Vec<oneshot::Sender<Result<(), StorageError>>>,
     /// The shards that are yet to be caught up with.
     behind: Range<usize>,
@@ -116,7 +117,7 @@ impl Numbered {
 
 impl Writer {
     pub(super) fn new(
-        cells: Arc<Embedded>,
+        (cells, circuits): (Arc<Embedded>, Arc<Circuits>),
         journal: Numbered,
         woken: Receiver<()>,
         boot: u64,
@@ -125,6 +126,7 @@ impl Writer {
         disk.set(journal.journal.stats());
         Self {
             cells,
+            circuits,
             journal,
             woken,
             boot,
@@ -178,10 +180,15 @@ impl Writer {
     /// If it could not be written, now or in an earlier round.
     pub fn finish(mut self, grants: &[OpenGrant]) -> Result<(), JournalError> {
         self.cells.stop();
+        self.circuits.end(&StorageError::Stopping);
         if !self.keeps() {
             // As durable as anything here.
-            for note in self.cells.take_notes() {
-                let _ = note.told.send(Ok(()));
+            let (mut nothing, mut waiting) = (Vec::new(), Vec::new());
+            let taken = self.circuits.take_queued(&mut nothing, &mut waiting);
+            self.circuits.written(taken);
+            waiting.extend(self.cells.take_notes().into_iter().map(|note| note.told));
+            for told in waiting {
+                let _ = told.send(Ok(()));
             }
             return Ok(());
         }
@@ -227,6 +234,7 @@ impl Writer {
             self.failed = true;
             let failure = StorageError::Failed(error.to_string().into());
             self.cells.end(&failure);
+            self.circuits.end(&failure);
             let waiting = self.waiting.drain(..).map(|waiter| waiter.told);
             for told in waiting.chain(self.noted.drain(..)) {
                 // Who went away need not know.
@@ -256,6 +264,7 @@ impl Writer {
             self.cells.take_lagging(shard, round, &mut changes);
         }
         let mut batch = batch_of(changes);
+        let taken = self.circuits.take_queued(&mut batch.writes, &mut self.noted);
         for note in self.cells.take_notes() {
             batch.writes.extend(note.writes);
             self.noted.push(note.told);
@@ -268,6 +277,7 @@ impl Writer {
         }
         self.round = round;
         self.cells.set_durable(round);
+        self.circuits.written(taken);
         for waiter in self.waiting.extract_if(.., |waiter| waiter.round <= round) {
             // Who went away need not know.
             let _ = waiter.told.send(Ok(()));

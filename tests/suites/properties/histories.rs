@@ -216,16 +216,32 @@ impl World {
 
     fn start(&mut self) {
         let recovered = recover(self.journal.open(), &self.config(), &self.clock).unwrap();
-        let Recovered { catalogue, cells, grants, operations, writer, clock, boot, secret, .. } =
-            recovered;
+        let Recovered {
+            catalogue,
+            cells,
+            circuits,
+            grants,
+            operations,
+            writer,
+            clock,
+            boot,
+            secret,
+            ..
+        } = recovered;
         let stop = {
             let cells = Arc::clone(&cells);
             Box::new(move || cells.stop())
         };
         let storage = Arc::clone(&cells) as Arc<dyn Storage>;
         let entropy = Arc::new(Counting::default());
-        let life =
-            app::Life { boot, secret, open: grants, operations, draining: Default::default() };
+        let life = app::Life {
+            boot,
+            secret,
+            circuits,
+            open: grants,
+            operations,
+            draining: Default::default(),
+        };
         let app = Arc::new(App::new(catalogue, Arc::clone(&storage), clock, entropy, life));
         self.life = Some(Life { app, cells: storage, writer, stop, waiting: Vec::new() });
     }

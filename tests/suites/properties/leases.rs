@@ -103,9 +103,26 @@ struct World {
 
 fn start(journal: &Simulated, clock: &Arc<ManualClock>, burst: u64) -> (App, Writer) {
     let recovered = recover(journal.open(), &config(burst), clock).unwrap();
-    let Recovered { catalogue, cells, grants, operations, writer, clock, boot, secret, .. } =
-        recovered;
-    let life = app::Life { boot, secret, open: grants, operations, draining: Default::default() };
+    let Recovered {
+        catalogue,
+        cells,
+        circuits,
+        grants,
+        operations,
+        writer,
+        clock,
+        boot,
+        secret,
+        ..
+    } = recovered;
+    let life = app::Life {
+        boot,
+        secret,
+        circuits,
+        open: grants,
+        operations,
+        draining: Default::default(),
+    };
     let entropy = Arc::new(Counting::default());
     (App::new(catalogue, cells as Arc<dyn Storage>, clock, entropy, life), writer)
 }

@@ -144,9 +144,20 @@ pub fn config(policies: &str) -> Config {
 
 /// A server that goes on from what was recovered, and its writer.
 pub fn app(recovered: Recovered, entropy: &Arc<Counting>) -> (App, Writer) {
-    let Recovered { catalogue, cells, grants, operations, writer, clock, boot, secret, .. } =
-        recovered;
-    let life = Life { boot, secret, open: grants, operations, draining: Default::default() };
+    let Recovered {
+        catalogue,
+        cells,
+        circuits,
+        grants,
+        operations,
+        writer,
+        clock,
+        boot,
+        secret,
+        ..
+    } = recovered;
+    let life =
+        Life { boot, secret, circuits, open: grants, operations, draining: Default::default() };
     let (cells, entropy) = (cells as Arc<dyn Storage>, Arc::clone(entropy) as Arc<_>);
     (App::new(catalogue, cells, clock, entropy, life), writer)
 }

@@ -1,0 +1,262 @@
+//! Circuits, as callers meet them: they ask before a call, and tell after it.
+
+use std::{fmt, hash::Hasher, str::FromStr, sync::Arc};
+
+use arrayvec::ArrayVec;
+use fusebox_core::{
+    Time,
+    circuit::{Call, Circuit, Delta, Generation, ProbeId, Reported, Reporter, Turn, View},
+};
+use siphasher::sip::SipHasher24;
+
+use super::{
+    App, GrantName, Principal,
+    grants::{NotAGrantId, Owner},
+};
+use crate::{
+    catalogue::CellId,
+    limits,
+    storage::{Answer, CircuitName, Place, StorageError},
+};
+
+/// A call that was let through a circuit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pass {
+    /// What names the circuit.
+    pub cell: CellId,
+    /// The generation that it was let through in.
+    pub generation: Generation,
+    /// The probe that it is, if it is one.
+    pub probe: Option<ProbeId>,
+}
+
+/// Those of one Acquire.
+pub type Passes = ArrayVec<Pass, { limits::CIRCUIT_ASKS }>;
+
+/// What a caller names by the id of a grant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Granted {
+    /// A grant that the server keeps.
+    Kept(GrantName),
+    /// Calls that were let through circuits, of which the id itself says all.
+    Passed(PassName),
+}
+
+/// Calls that were let through circuits, as the id of their grant says. The server keeps nothing of them: a closed
+/// circuit counts what is told of it, and a half-open one knows its probes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PassName {
+    /// The calls.
+    pub passes: Passes,
+    /// Says that this server has written it.
+    seal: u64,
+}
+
+impl PassName {
+    /// What the owner of these calls names them by.
+    pub(super) fn new(passes: Passes, owner: &Owner, secret: &[u8; 16]) -> Self {
+        let seal = Self::sealed(&passes, owner, secret);
+        Self { passes, seal }
+    }
+
+    /// Whether this server, or one before it in the data directory, has given it to its owner.
+    pub(super) fn is_true(&self, owner: &Owner, secret: &[u8; 16]) -> bool {
+        self.seal == Self::sealed(&self.passes, owner, secret)
+    }
+
+    fn sealed(passes: &Passes, owner: &Owner, secret: &[u8; 16]) -> u64 {
+        let mut hasher = SipHasher24::new_with_key(secret);
+        // Apart from the seals of permits.
+        hasher.write(MARK.as_bytes());
+        for Pass { cell, generation, probe } in passes {
+            hasher.write(&cell.to_bytes());
+            hasher.write_u64(generation.0);
+            hasher.write_u64(probe.map_or(u64::MAX, |ProbeId(probe)| probe.into()));
+        }
+        let Principal::Anonymous = owner.principal;
+        hasher.write(owner.namespace.as_bytes());
+        hasher.finish()
+    }
+}
+
+/// What ids of calls through circuits begin with; those of grants begin with a number.
+const MARK: &str = "c";
+
+impl fmt::Display for PassName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(MARK)?;
+        for Pass { cell, generation, probe } in &self.passes {
+            write!(f, "-{cell:?}-{:x}", generation.0)?;
+            match probe {
+                Some(ProbeId(probe)) => write!(f, "-{probe:x}")?,
+                None => f.write_str("-")?,
+            }
+        }
+        write!(f, "-{:016x}", self.seal)
+    }
+}
+
+impl FromStr for PassName {
+    type Err = NotAGrantId;
+
+    fn from_str(text: &str) -> Result<Self, NotAGrantId> {
+        let (marked, seal) = text.rsplit_once('-').ok_or(NotAGrantId)?;
+        let mut parts = marked.split('-');
+        let number = |text: &str| u64::from_str_radix(text, 16).map_err(|_| NotAGrantId);
+        if parts.next() != Some(MARK) {
+            return Err(NotAGrantId);
+        }
+        let mut passes = Passes::new();
+        while let Some(cell) = parts.next() {
+            let cell = u128::from_str_radix(cell, 16).map_err(|_| NotAGrantId)?;
+            let (generation, probe) = (parts.next(), parts.next().ok_or(NotAGrantId)?);
+            let probe = (!probe.is_empty()).then(|| u32::from_str_radix(probe, 16)).transpose();
+            let pass = Pass {
+                cell: CellId::from_bytes(&cell.to_be_bytes()).ok_or(NotAGrantId)?,
+                generation: Generation(number(generation.ok_or(NotAGrantId)?)?),
+                probe: probe.map_err(|_| NotAGrantId)?.map(ProbeId),
+            };
+            passes.try_push(pass).map_err(|_| NotAGrantId)?;
+        }
+        // One spelling only: `+1` and `01` parse as well.
+        let name = Self { passes, seal: number(seal)? };
+        if name.to_string() == text { Ok(name) } else { Err(NotAGrantId) }
+    }
+}
+
+impl fmt::Display for Granted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kept(name) => name.fmt(f),
+            Self::Passed(name) => name.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Granted {
+    type Err = NotAGrantId;
+
+    fn from_str(text: &str) -> Result<Self, NotAGrantId> {
+        let passed = text.parse().map(Self::Passed);
+        passed.or_else(|_| text.parse().map(Self::Kept))
+    }
+}
+
+/// A circuit as who tells of it is told of it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Its names.
+    pub name: Arc<CircuitName>,
+    /// What it is.
+    pub view: View,
+    /// Who tells fails alone.
+    pub outlier: bool,
+}
+
+impl App {
+    /// Tells a circuit how a call went, and what the circuit is then. `None` if there is no such circuit in the
+    /// namespace.
+    ///
+    /// # Errors
+    /// If nothing is decided any more.
+    pub(super) fn report_pass(
+        &self,
+        namespace: &str,
+        pass: Pass,
+        call: Call<'_>,
+        by: Reporter<'_>,
+        now: Time,
+    ) -> Result<Option<Answer<(Reported, Seen)>>, StorageError> {
+        let Some(name) = self.circuits.look(pass.cell, |name, _, _| Arc::clone(name)) else {
+            return Ok(None);
+        };
+        let catalogue = self.catalogue.load();
+        let policy = catalogue.policy(&name.breaker);
+        let place = policy.and_then(|policy| policy.place(&name.key));
+        let Some(place) = place.filter(|_| *name.breaker.namespace == *namespace) else {
+            return Ok(None);
+        };
+        self.tell(&place, by, now, |circuit, turn| match pass.probe {
+            Some(probe) => circuit.report_probe((pass.generation, probe), call, by, turn),
+            None => circuit.report_call(pass.generation, call, by, turn),
+        })
+    }
+
+    /// Tells a circuit how many calls went, and what the circuit is then. `None` if there is no room for it.
+    ///
+    /// # Errors
+    /// If nothing is decided any more.
+    pub(super) fn report_delta(
+        &self,
+        place: &Place<'_>,
+        (generation, delta): (Generation, Delta<'_>),
+        by: Reporter<'_>,
+        now: Time,
+    ) -> Result<Option<Answer<(Reported, Seen)>>, StorageError> {
+        self.tell(place, by, now, |circuit, turn| circuit.report(generation, delta, by, turn))
+    }
+
+    fn tell(
+        &self,
+        place: &Place<'_>,
+        by: Reporter<'_>,
+        now: Time,
+        tell: impl FnOnce(&mut Circuit, Turn<'_>) -> Reported,
+    ) -> Result<Option<Answer<(Reported, Seen)>>, StorageError> {
+        self.circuits.change_named(place, now, |name, circuit, turn| {
+            let reported = tell(circuit, turn);
+            let (view, outlier) = (circuit.view(turn), circuit.is_outlier(by.id, turn));
+            ((reported, Seen { name: Arc::clone(name), view, outlier }), false)
+        })
+    }
+
+    /// A reporter leaves all circuits of a namespace, and takes what it told along.
+    pub(super) fn leave(&self, namespace: &str, reporter: &str, now: Time) {
+        let catalogue = self.catalogue.load();
+        let mut names = Vec::new();
+        self.circuits.visit(namespace, |name, _, _| names.push(Arc::clone(name)));
+        for name in names {
+            let policy = catalogue.policy(&name.breaker);
+            let Some(place) = policy.and_then(|policy| policy.place(&name.key)) else { continue };
+            let leave = |circuit: &mut Circuit, turn: Turn<'_>| {
+                circuit.leave(reporter, turn);
+                ((), false)
+            };
+            // Where nothing is decided any more, nothing is told either.
+            let _ = self.circuits.change_present(&place, now, leave);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner() -> Owner {
+        Owner { principal: Principal::Anonymous, namespace: "demo".into() }
+    }
+
+    #[test]
+    fn the_longest_id_fits_is_read_again_and_cannot_be_made_up() {
+        let pass = |number, probe| Pass {
+            cell: CellId([u64::MAX, number]),
+            generation: Generation(u64::MAX),
+            probe,
+        };
+        let longest = Some(ProbeId(2 * fusebox_core::circuit::MAX_PROBES + 1));
+        for passes in [vec![pass(1, None)], vec![pass(1, longest), pass(2, longest)]] {
+            let passes: Passes = passes.into_iter().collect();
+            let name = PassName::new(passes, &owner(), &[7; 16]);
+            let text = name.to_string();
+            assert!(text.len() <= limits::GRANT_ID_BYTES, "{} bytes", text.len());
+            assert_eq!(text.parse(), Ok(Granted::Passed(name.clone())));
+            assert!(name.is_true(&owner(), &[7; 16]));
+            assert!(!name.is_true(&owner(), &[8; 16]));
+            let other = Owner { namespace: "other".into(), ..owner() };
+            assert!(!name.is_true(&other, &[7; 16]));
+            for other in [format!("{text}0"), text.to_uppercase(), text.replacen('-', "--", 1)] {
+                assert_eq!(other.parse::<Granted>(), Err(NotAGrantId), "{other}");
+            }
+        }
+    }
+}

@@ -1,0 +1,560 @@
+//! Circuits in memory, in shards, each written down before anybody is told of a change.
+//!
+//! A circuit that nobody has asked for is not there: it is closed, in the generation that all absent ones share.
+//! One that leaves takes that generation to a new one, so that no report of its earlier life counts in its next.
+
+mod board;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+        mpsc::SyncSender,
+    },
+};
+
+use arrayvec::ArrayVec;
+use crossbeam_utils::CachePadded;
+use fusebox_core::{
+    Time,
+    circuit::{Admitted, Breaker, Circuit, Generation, Kept, Passage, Turn, View},
+};
+use parking_lot::{Mutex, MutexGuard};
+use prost::Message;
+use tokio::sync::oneshot;
+
+pub use self::board::{Board, Boards};
+use super::{
+    Answer, Durable, StorageError,
+    journal::{Keyspace, Write},
+    record::CircuitRecord,
+};
+use crate::{
+    catalogue::{Catalogue, CellId, PolicyName},
+    limits,
+};
+
+/// All circuits of a server.
+pub struct Circuits {
+    shards: Box<[CachePadded<Mutex<Shard>>]>,
+    /// The latest generation that any circuit began.
+    latest: AtomicU64,
+    /// The generation of those that are not there.
+    absent: AtomicU64,
+    live: AtomicUsize,
+    /// Those of each breaker.
+    by_breaker: Mutex<HashMap<PolicyName, usize>>,
+    /// What jitter is drawn from.
+    draws: AtomicU64,
+    boards: Boards,
+    /// Wakes the writer; one waiting word is enough.
+    wake: SyncSender<()>,
+    /// The shard that housekeeping is at.
+    tended: AtomicUsize,
+    /// Why nothing is decided any more.
+    over: OnceLock<StorageError>,
+}
+
+#[derive(Default)]
+struct Shard {
+    circuits: HashMap<CellId, Entry>,
+    /// Circuits whose record waits for the writer, and those that left.
+    queued: Vec<CellId>,
+    /// Who waits for what is queued.
+    waiting: Vec<oneshot::Sender<Result<(), StorageError>>>,
+}
+
+/// The names of a circuit.
+#[derive(Debug, PartialEq, Eq)]
+pub struct CircuitName {
+    /// Its breaker.
+    pub breaker: PolicyName,
+    /// Which of it.
+    pub key: Box<str>,
+    /// What names it in memory.
+    pub cell: CellId,
+}
+
+/// A circuit that is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The namespace of its breaker.
+    pub namespace: &'a Arc<str>,
+    /// The breaker.
+    pub policy: &'a Arc<str>,
+    /// Which of it.
+    pub key: &'a str,
+    /// What names it in memory.
+    pub cell: CellId,
+    /// Its settings.
+    pub breaker: &'a Breaker,
+    /// Most circuits of the breaker.
+    pub most: usize,
+}
+
+impl Place<'_> {
+    fn breaker_name(&self) -> PolicyName {
+        let Self { namespace, policy, .. } = *self;
+        PolicyName { namespace: Arc::clone(namespace), policy: Arc::clone(policy) }
+    }
+}
+
+/// A circuit, and what is on disk of it.
+struct Entry {
+    name: Arc<CircuitName>,
+    circuit: Circuit,
+    /// When somebody last asked for it, or told of it.
+    used_at: Time,
+    /// Its record waits for the writer.
+    queued: bool,
+    /// Its record is being written.
+    in_flight: bool,
+    /// What is told of it.
+    told: View,
+    /// What will be, once it is written.
+    next: View,
+}
+
+impl Entry {
+    fn is_written(&self) -> bool {
+        !self.queued && !self.in_flight
+    }
+
+    /// Whether it differs from one that is not there, for a start to find.
+    fn has_record(&self) -> bool {
+        self.circuit.history().len() > 0
+    }
+}
+
+/// What the writer takes along: circuits whose records it writes.
+#[derive(Default)]
+pub(super) struct Taken(Vec<CellId>);
+
+impl Circuits {
+    /// No circuits yet, in the start of that number; `wake` wakes the writer, and what is drawn follows from
+    /// `seed`.
+    pub(super) fn new(boot: u64, wake: SyncSender<()>, seed: u64) -> Self {
+        // Above each of every earlier start.
+        let first = boot << 32;
+        Self {
+            shards: (0..limits::CIRCUIT_SHARDS).map(|_| CachePadded::default()).collect(),
+            latest: AtomicU64::new(first),
+            absent: AtomicU64::new(first),
+            live: AtomicUsize::new(0),
+            by_breaker: Mutex::default(),
+            draws: AtomicU64::new(seed),
+            boards: Boards::new(boot),
+            wake,
+            tended: AtomicUsize::new(0),
+            over: OnceLock::new(),
+        }
+    }
+
+    /// Circuits that are there.
+    pub fn live(&self) -> usize {
+        self.live.load(Ordering::Relaxed)
+    }
+
+    /// What is told of a namespace's circuits as they change.
+    pub const fn boards(&self) -> &Boards {
+        &self.boards
+    }
+
+    /// The generation of circuits that are not there: they are closed.
+    pub fn absent(&self) -> Generation {
+        Generation(self.absent.load(Ordering::Acquire))
+    }
+
+    /// Locks the shards of some circuits.
+    ///
+    /// # Errors
+    /// If nothing is decided any more.
+    pub fn lock(&self, cells: &[CellId]) -> Result<Locked<'_>, StorageError> {
+        let mut indices: ArrayVec<usize, { limits::CIRCUIT_ASKS }> =
+            cells.iter().map(|cell| shard_of(*cell)).collect();
+        indices.sort_unstable();
+        let mut shards = ArrayVec::<_, { limits::CIRCUIT_ASKS }>::new();
+        for index in indices {
+            if shards.last().is_none_or(|(last, _)| *last != index) {
+                shards.push((index, self.shards[index].lock()));
+            }
+        }
+        // Under the locks: whoever says that it is over looks at them after that.
+        self.check_alive()?;
+        Ok(Locked { circuits: self, shards, unwritten: None })
+    }
+
+    /// One circuit, which comes to be there if there is room; `None` if there is none. `change` may do with it
+    /// what it likes, and tells whether it did more than begin a generation.
+    ///
+    /// # Errors
+    /// If nothing is decided any more.
+    pub fn change_named<T>(
+        &self,
+        place: &Place<'_>,
+        now: Time,
+        change: impl FnOnce(&Arc<CircuitName>, &mut Circuit, Turn<'_>) -> (T, bool),
+    ) -> Result<Option<Answer<T>>, StorageError> {
+        let mut locked = self.lock(&[place.cell])?;
+        let Some(value) = locked.change_named(place, now, change) else { return Ok(None) };
+        Ok(Some(Answer::new(value, locked.durable())))
+    }
+
+    /// The same of a circuit that is there; `None` if it is not.
+    ///
+    /// # Errors
+    /// If nothing is decided any more.
+    pub fn change_present<T>(
+        &self,
+        place: &Place<'_>,
+        now: Time,
+        change: impl FnOnce(&mut Circuit, Turn<'_>) -> (T, bool),
+    ) -> Result<Option<Answer<T>>, StorageError> {
+        let mut locked = self.lock(&[place.cell])?;
+        if !locked.has(place) {
+            return Ok(None);
+        }
+        let value = locked.change_named(place, now, |_, circuit, turn| change(circuit, turn));
+        Ok(value.map(|value| Answer::new(value, locked.durable())))
+    }
+
+    /// Looks at one circuit as it is told of: its names, what it is, and all about it; `None` if it is not there.
+    pub fn look<T>(
+        &self,
+        cell: CellId,
+        look: impl FnOnce(&Arc<CircuitName>, &View, &Circuit) -> T,
+    ) -> Option<T> {
+        let shard = self.shards[shard_of(cell)].lock();
+        let entry = shard.circuits.get(&cell)?;
+        Some(look(&entry.name, &entry.told, &entry.circuit))
+    }
+
+    /// Visits every circuit of a namespace as it is told of. Each shard is locked while it is visited.
+    pub fn visit(
+        &self,
+        namespace: &str,
+        mut visit: impl FnMut(&Arc<CircuitName>, &View, &Circuit),
+    ) {
+        for shard in &self.shards {
+            let shard = shard.lock();
+            let of_it = |entry: &&Entry| *entry.name.breaker.namespace == *namespace;
+            for entry in shard.circuits.values().filter(of_it) {
+                visit(&entry.name, &entry.told, &entry.circuit);
+            }
+        }
+    }
+
+    /// The turn of a circuit of that breaker.
+    pub fn turn<T>(&self, breaker: &Breaker, now: Time, take: impl FnOnce(Turn<'_>) -> T) -> T {
+        let generations = || self.next_generation();
+        take(Turn { breaker, now, draw: self.draw(), generations: &generations })
+    }
+
+    /// One bounded round of housekeeping: what was due happens, and circuits leave that nobody has used for long,
+    /// or whose breaker is gone.
+    pub fn tend(&self, catalogue: &Catalogue, now: Time) {
+        let at = self.tended.fetch_add(1, Ordering::Relaxed) % limits::CIRCUIT_SHARDS;
+        let mut shard = self.shards[at].lock();
+        if self.check_alive().is_err() {
+            return;
+        }
+        let breaker_of = |entry: &Entry| {
+            let breakers = catalogue.policy(&entry.name.breaker)?.breakers.as_ref()?;
+            Some(Arc::clone(breakers.of(&entry.name.key)))
+        };
+        let mut left = Vec::new();
+        let Shard { circuits, queued, .. } = &mut *shard;
+        for (cell, entry) in &mut *circuits {
+            let Some(breaker) = breaker_of(entry) else {
+                left.push(*cell);
+                continue;
+            };
+            if entry.circuit.is_timed() {
+                self.settle(entry, &breaker, now, queued, |circuit, turn| {
+                    circuit.touch(turn);
+                    false
+                });
+            }
+            if entry.is_written() && self.is_over(entry, now) {
+                left.push(*cell);
+            }
+        }
+        for cell in left {
+            if let Some(entry) = circuits.remove(&cell) {
+                self.forget(&entry, queued);
+            }
+        }
+        if !queued.is_empty() {
+            let _ = self.wake.try_send(());
+        }
+    }
+
+    /// Whether nobody will miss a circuit.
+    fn is_over(&self, entry: &Entry, now: Time) -> bool {
+        let last = entry.circuit.history().last().map(|transition| transition.at);
+        let remembered = last.is_none_or(|at| at.after(limits::CIRCUIT_REMEMBERED) <= now);
+        let unused = entry.used_at.after(limits::CIRCUIT_LINGERS) <= now;
+        unused && remembered && entry.circuit.is_idle(now)
+    }
+
+    /// A circuit has left.
+    fn forget(&self, entry: &Entry, queued: &mut Vec<CellId>) {
+        self.live.fetch_sub(1, Ordering::Relaxed);
+        if let Some(count) = self.by_breaker.lock().get_mut(&entry.name.breaker) {
+            *count -= 1;
+        }
+        if entry.has_record() {
+            // Nothing that was told of it counts for the one that may come in its place.
+            let generation = self.next_generation();
+            self.absent.fetch_max(generation.0, Ordering::AcqRel);
+            if !entry.queued {
+                queued.push(entry.name.cell);
+            }
+            self.boards.tell(&entry.name);
+        }
+    }
+
+    /// Lets something happen to a circuit, and sees to it that what changed is written, then told. `change` tells
+    /// whether it did more than begin a generation.
+    fn settle(
+        &self,
+        entry: &mut Entry,
+        breaker: &Breaker,
+        now: Time,
+        queued: &mut Vec<CellId>,
+        change: impl FnOnce(&mut Circuit, Turn<'_>) -> bool,
+    ) {
+        self.turn(breaker, now, |turn| {
+            let before = entry.circuit.generation();
+            let changed = change(&mut entry.circuit, turn);
+            if changed || entry.circuit.generation() != before {
+                entry.next = entry.circuit.view(turn);
+                if !std::mem::replace(&mut entry.queued, true) {
+                    queued.push(entry.name.cell);
+                }
+            } else if entry.told.ramp.is_some() && entry.is_written() {
+                // A ramp goes up by itself: that is not written, only told.
+                let view = entry.circuit.view(turn);
+                if view.ramp != entry.told.ramp {
+                    (entry.told, entry.next) = (view.clone(), view);
+                    self.boards.tell(&entry.name);
+                }
+            }
+        });
+    }
+
+    fn next_generation(&self) -> Generation {
+        Generation(self.latest.fetch_add(1, Ordering::AcqRel) + 1)
+    }
+
+    /// Thirty-two bits that are like drawn ones: nothing depends on nobody guessing them. (SplitMix64, Steele,
+    /// Lea and Flood 2014.)
+    fn draw(&self) -> u32 {
+        let seed = self.draws.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        let mixed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        #[allow(clippy::cast_possible_truncation)] // the high half
+        let draw = (mixed >> 32) as u32;
+        draw
+    }
+
+    /// Room for one more circuit of a breaker, which takes it.
+    fn make_room(&self, place: &Place<'_>) -> bool {
+        let mut by_breaker = self.by_breaker.lock();
+        let count = by_breaker.entry(place.breaker_name()).or_default();
+        if *count >= place.most || self.live() >= limits::CIRCUITS {
+            return false;
+        }
+        *count += 1;
+        self.live.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    fn check_alive(&self) -> Result<(), StorageError> {
+        self.over.get().cloned().map_or(Ok(()), Err)
+    }
+
+    /// Nothing is decided from here on, for this reason; if nothing is written any more, who waits is told.
+    pub(super) fn end(&self, why: &StorageError) {
+        // The first reason is the one to tell.
+        let _ = self.over.set(why.clone());
+        if matches!(why, StorageError::Failed(_)) {
+            for shard in &self.shards {
+                for told in shard.lock().waiting.drain(..) {
+                    // Who went away need not know.
+                    let _ = told.send(Err(why.clone()));
+                }
+            }
+        }
+    }
+
+    /// The records that wait, and who waits for them.
+    pub(super) fn take_queued(
+        &self,
+        writes: &mut Vec<Write>,
+        waiting: &mut Vec<oneshot::Sender<Result<(), StorageError>>>,
+    ) -> Taken {
+        let mut taken = Taken::default();
+        for shard in &self.shards {
+            let mut shard = shard.lock();
+            let Shard { circuits, queued, waiting: here } = &mut *shard;
+            waiting.append(here);
+            for cell in queued.drain(..) {
+                let key = cell.to_bytes();
+                let entry = circuits.get_mut(&cell);
+                writes.push(match entry {
+                    Some(entry) => {
+                        (entry.queued, entry.in_flight) = (false, true);
+                        taken.0.push(cell);
+                        let record = CircuitRecord::of(&entry.name, &entry.circuit.kept());
+                        Write::put(Keyspace::Circuits, key, record.encode_to_vec())
+                    }
+                    None => Write::delete(Keyspace::Circuits, key),
+                });
+            }
+        }
+        taken
+    }
+
+    /// What was taken is on disk: now it is told.
+    pub(super) fn written(&self, Taken(cells): Taken) {
+        for cell in cells {
+            let mut shard = self.shards[shard_of(cell)].lock();
+            let Some(entry) = shard.circuits.get_mut(&cell) else { continue };
+            entry.in_flight = false;
+            // What has changed since is told with its own record.
+            if !entry.queued {
+                entry.told = entry.next.clone();
+                let name = Arc::clone(&entry.name);
+                drop(shard);
+                self.boards.tell(&name);
+            }
+        }
+    }
+
+    /// Puts a circuit that an earlier start has left.
+    pub(super) fn restore(&self, place: &Place<'_>, kept: Kept, now: Time) {
+        let mut shard = self.shards[shard_of(place.cell)].lock();
+        let entry = self.turn(place.breaker, now, |turn| {
+            let circuit = Circuit::recovered(kept, turn);
+            Entry::new(place, circuit, turn)
+        });
+        shard.circuits.insert(place.cell, entry);
+        // Also more than there is room for: they are there.
+        *self.by_breaker.lock().entry(place.breaker_name()).or_default() += 1;
+        self.live.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Entry {
+    fn new(place: &Place<'_>, circuit: Circuit, turn: Turn<'_>) -> Self {
+        let Place { key, cell, .. } = *place;
+        let view = circuit.view(turn);
+        Self {
+            name: Arc::new(CircuitName { breaker: place.breaker_name(), key: key.into(), cell }),
+            circuit,
+            used_at: turn.now,
+            queued: false,
+            in_flight: false,
+            told: view.clone(),
+            next: view,
+        }
+    }
+}
+
+/// The locks of the shards that some circuits live in, taken in the order of the shards, and always before those
+/// of cells.
+pub struct Locked<'a> {
+    circuits: &'a Circuits,
+    shards: ArrayVec<(usize, MutexGuard<'a, Shard>), { limits::CIRCUIT_ASKS }>,
+    /// Some shard in which somebody saw what is not written yet.
+    unwritten: Option<usize>,
+}
+
+impl Locked<'_> {
+    /// One circuit, as [`Circuits::change_named`] says.
+    pub fn change_named<T>(
+        &mut self,
+        place: &Place<'_>,
+        now: Time,
+        change: impl FnOnce(&Arc<CircuitName>, &mut Circuit, Turn<'_>) -> (T, bool),
+    ) -> Option<T> {
+        let circuits = self.circuits;
+        let index = shard_of(place.cell);
+        let locked = self.shards.iter_mut().position(|(locked, _)| *locked == index)?;
+        let Shard { circuits: entries, queued, .. } = &mut *self.shards[locked].1;
+        if !entries.contains_key(&place.cell) {
+            if !circuits.make_room(place) {
+                return None;
+            }
+            let entry = circuits.turn(place.breaker, now, |turn| {
+                Entry::new(place, Circuit::new(circuits.absent(), place.breaker, now), turn)
+            });
+            entries.insert(place.cell, entry);
+        }
+        let entry = entries.get_mut(&place.cell)?;
+        entry.used_at = entry.used_at.max(now);
+        let mut value = None;
+        let name = Arc::clone(&entry.name);
+        circuits.settle(entry, place.breaker, now, queued, |circuit, turn| {
+            let (made, changed) = change(&name, circuit, turn);
+            value = Some(made);
+            changed
+        });
+        if !entry.is_written() {
+            self.unwritten = Some(locked);
+        }
+        value
+    }
+
+    /// What would become of a call, and how the circuit looks to it; `None` if there is no room for the circuit.
+    pub fn ask(&mut self, place: &Place<'_>, now: Time) -> Option<(Passage, View)> {
+        self.change_named(place, now, |_, circuit, turn| {
+            ((circuit.ask(turn), circuit.view(turn)), false)
+        })
+    }
+
+    /// Whether the circuit is there.
+    pub fn has(&self, place: &Place<'_>) -> bool {
+        let index = shard_of(place.cell);
+        let shard = self.shards.iter().find(|(locked, _)| *locked == index);
+        shard.is_some_and(|(_, shard)| shard.circuits.contains_key(&place.cell))
+    }
+
+    /// Lets a call through, or not, of which [`Self::ask`] has told what would become of it.
+    pub fn conclude(
+        &mut self,
+        place: &Place<'_>,
+        passage: Passage,
+        admitted: bool,
+        now: Time,
+    ) -> Option<Admitted> {
+        self.change_named(place, now, |_, circuit, turn| {
+            let admitted = if admitted {
+                Some(circuit.admit(passage, turn))
+            } else {
+                circuit.refuse(passage, turn);
+                None
+            };
+            (admitted, false)
+        })?
+    }
+
+    /// When all that was seen is on disk; `None` if it is already.
+    pub fn durable(mut self) -> Option<Durable> {
+        let (_, shard) = &mut self.shards[self.unwritten?];
+        let (told, durable) = oneshot::channel();
+        shard.waiting.push(told);
+        // If a word waits already, the writer will look at all of it.
+        let _ = self.circuits.wake.try_send(());
+        Some(durable)
+    }
+}
+
+/// The shard of a circuit. The id is of a keyed hash, so it spreads by itself.
+const fn shard_of(cell: CellId) -> usize {
+    #[allow(clippy::cast_possible_truncation)] // below the number of shards
+    let shard = (cell.0[0] % limits::CIRCUIT_SHARDS as u64) as usize;
+    shard
+}
