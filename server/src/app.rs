@@ -33,11 +33,12 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     admin::Desk,
+    circuits::{Crossing, Crossings},
     grants::{Due, Grant, Owner, Part},
     lessees::Lessees,
 };
 pub use self::{
-    circuits::{Granted, Pass, PassName, Passes, Seen},
+    circuits::{Crossed, Granted, Pass, PassName, Passes, Seen},
     grants::{GrantId, GrantName, Grants, Told},
     line::{Attempt, Lines, Place, Stood},
     priority::Priority,
@@ -139,8 +140,12 @@ pub struct Ask<'a> {
 pub struct Acquired {
     /// What was decided, with a verdict for each ask.
     pub decided: Decided,
-    /// The grant.
-    pub grant: Option<GrantName>,
+    /// What became of the asks of breakers; what was decided has no verdict of them.
+    pub circuits: ArrayVec<Crossed, { limits::CIRCUIT_ASKS }>,
+    /// When that was.
+    pub at: Time,
+    /// What names the grant, if there is one.
+    pub grant: Option<Granted>,
     /// What the grant holds, by ask.
     pub held: ArrayVec<Held, { limits::ASKS }>,
 }
@@ -193,6 +198,34 @@ pub enum AcquireError {
         policy: String,
         /// What it counts.
         counts: &'static str,
+    },
+    /// More than one call through a circuit.
+    #[error(
+        "a cost of {cost}: policy `{policy}` is a breaker, which lets one call through, or is asked for 0"
+    )]
+    OneCall {
+        /// Index of the ask.
+        ask: usize,
+        /// The policy.
+        policy: String,
+        /// What was asked.
+        cost: u64,
+    },
+    /// More circuits than are asked together.
+    #[error("a third breaker, `{policy}`; at most {} are asked together", limits::CIRCUIT_ASKS)]
+    TooManyCircuits {
+        /// Index of the ask.
+        ask: usize,
+        /// The policy.
+        policy: String,
+    },
+    /// Nobody waits for a circuit.
+    #[error(
+        "policy `{policy}` is a breaker: nobody waits in line for a circuit, which may stay open; leave it out"
+    )]
+    NoLine {
+        /// The policy.
+        policy: String,
     },
     /// More limits than are decided together.
     #[error(
@@ -280,7 +313,8 @@ impl App {
             let Some(first) = parts.first() else { continue };
             let namespace = Arc::clone(&first.limiter.name.namespace);
             let owner = Owner { principal: Principal::Anonymous, namespace };
-            grants.restore(id, Grant { owner, client: client.into(), parts });
+            grants
+                .restore(id, Grant { owner, client: client.into(), parts, passes: Passes::new() });
         }
         let desk = Desk::new(life.operations, life.boot, clock.time());
         let rule_loads = RuleLoads::default();
@@ -381,12 +415,20 @@ impl App {
         let catalogue = self.catalogue.load();
         let mut named = ArrayVec::<_, { limits::ASKS }>::new();
         let mut rules = ArrayVec::<_, MAX_RULES>::new();
+        let mut circuits = ArrayVec::<_, { limits::CIRCUIT_ASKS }>::new();
         let Acquire { namespace: name, client, entry } = acquire;
         let namespace = namespace(&catalogue, name)?;
         let asker = Asker { app: self, namespace, caller, client, stands };
-        asker.resolve(entry, |ask| named.push(ask), |rule| rules.push(rule))?;
+        let circuit = |circuit| circuits.push(circuit);
+        asker.resolve(entry, |ask| named.push(ask), |rule| rules.push(rule), circuit)?;
         let mut grants = needs_grant(&rules).then(|| self.reserve_grants(1)).transpose()?;
-        let resolved = Resolved { catalogue: &catalogue, asks: &named, rules: &rules, client };
+        let resolved = Resolved {
+            catalogue: &catalogue,
+            asks: &named,
+            rules: &rules,
+            circuits: &circuits,
+            client,
+        };
         let answer = self.decide(caller, resolved, None, grants.as_mut(), acquired)?;
         if stands == Stands::Outside {
             tell_line_full(&mut acquired.decided.decision);
@@ -394,7 +436,7 @@ impl App {
         if counts == Counts::This
             || counts == Counts::IfAllowed && acquired.decided.decision.allowed
         {
-            resolved.count(&acquired.decided);
+            resolved.count(&acquired.decided, &acquired.circuits);
             self.watch(&resolved, &acquired.decided.charged, caller.now.time);
         }
         Ok(answer)
@@ -423,14 +465,17 @@ impl App {
         // Those of all entries in one row, and where each entry ends in it.
         let count = entries.len();
         let (mut named, mut rules) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        let mut circuits = Vec::new();
         let mut ends = Vec::with_capacity(count);
         let mut wanted = 0;
         for (index, entry) in entries.enumerate() {
             let start = rules.len();
-            let resolved = asker.resolve(entry, |ask| named.push(ask), |rule| rules.push(rule));
+            let circuit = |circuit| circuits.push(circuit);
+            let resolved =
+                asker.resolve(entry, |ask| named.push(ask), |rule| rules.push(rule), circuit);
             resolved.map_err(|error| in_entry(index, error))?;
             wanted += usize::from(needs_grant(&rules[start..]));
-            ends.push((named.len(), rules.len()));
+            ends.push((named.len(), rules.len(), circuits.len()));
         }
         if rules.len() > limits::BATCH_ASKS {
             return Err(in_all(AcquireError::TooManyLimits { count: rules.len() }));
@@ -441,17 +486,18 @@ impl App {
         let mut grants = self.reserve_grants(wanted).map_err(in_all)?;
 
         let mut answers = Vec::with_capacity(count);
-        let mut start = (0, 0);
+        let mut start = (0, 0, 0);
         // One for all of them: it is some kilobytes, which would have to be moved for each.
         let mut acquired = Acquired::default();
         for (entry, end) in ends.into_iter().enumerate() {
             let (asks, rules) = (&named[start.0..end.0], &rules[start.1..end.1]);
-            let resolved = Resolved { catalogue: &catalogue, asks, rules, client };
+            let circuits = &circuits[start.2..end.2];
+            let resolved = Resolved { catalogue: &catalogue, asks, rules, circuits, client };
             start = end;
             let room = Some(&mut room);
             let answer = self.decide(caller, resolved, room, Some(&mut grants), &mut acquired);
             let answer = answer.map_err(|error| in_entry(entry, error.into()))?;
-            resolved.count(&acquired.decided);
+            resolved.count(&acquired.decided, &acquired.circuits);
             self.watch(&resolved, &acquired.decided.charged, caller.now.time);
             answers.push(answer.map(|()| tell(&acquired)));
         }
@@ -497,15 +543,32 @@ impl App {
         grants: Option<&mut Reservation>,
         acquired: &mut Acquired,
     ) -> Result<Answer<()>, StorageError> {
-        let charge = Charge {
-            charging: Charging::AllOrNothing,
-            asks: resolved.rules,
-            catalogue: resolved.catalogue,
+        let now = caller.now.time;
+        let mut crossing = self.cross(resolved.circuits, now)?;
+        let refused = crossing.as_ref().is_some_and(Crossings::is_refused);
+        let charging = if refused { Charging::Nothing } else { Charging::AllOrNothing };
+        let charge = Charge { charging, asks: resolved.rules, catalogue: resolved.catalogue };
+        let decided = &mut acquired.decided;
+        let mut answer = if resolved.rules.is_empty() {
+            decided.clear(!refused);
+            Answer::Now(())
+        } else {
+            self.storage.apply(&charge, room, caller.now, decided)?
         };
-        let answer = self.storage.apply(&charge, room, caller.now, &mut acquired.decided)?;
+        acquired.circuits.clear();
+        acquired.at = now;
+        let mut passes = Passes::new();
+        if let Some(crossing) = &mut crossing {
+            let allowed = decided.decision.allowed;
+            (acquired.circuits, passes) = crossing.conclude(resolved.circuits, allowed, now);
+        }
+        // Asked for after the charge: the round that it is of has the marks of the cells as well.
+        if let Some(durable) = crossing.and_then(Crossings::durable) {
+            answer = Answer::Later((), durable);
+        }
         // Concluded at once: a caller that goes away while the disk is at it must not leave a grant out that
         // nobody can settle.
-        self.conclude(caller, resolved, grants, acquired);
+        self.conclude(caller, resolved, passes, grants, acquired);
         Ok(answer)
     }
 
@@ -515,45 +578,68 @@ impl App {
         &self,
         caller: Caller,
         resolved: Resolved<'_>,
+        passes: Passes,
         grants: Option<&mut Reservation>,
         acquired: &mut Acquired,
     ) {
-        let Acquired { decided, grant, held } = acquired;
+        let Acquired { decided, circuits, grant, held, .. } = acquired;
         *grant = None;
         held.clear();
-        if let Some(room) = grants.filter(|_| decided.decision.allowed) {
-            let parts = resolved.parts(decided, held, caller.now);
-            if !parts.is_empty() {
-                let namespace = Arc::clone(&resolved.asks[0].policy.namespace);
-                let owner = Owner { principal: caller.principal, namespace };
-                let client = resolved.client.map_or("", |client| client.id).into();
-                let owed = Grant { owner, client, parts };
-                *grant = self.grants.open_grant(owed, room, &*self.entropy);
-            }
+        let owner = || {
+            let namespace = Arc::clone(&resolved.asks[0].policy.namespace);
+            Owner { principal: caller.principal, namespace }
+        };
+        let room = grants.filter(|_| decided.decision.allowed);
+        let parts = match room.is_some() {
+            true => resolved.parts(decided, held, caller.now),
+            false => Vec::new(),
+        };
+        if let Some(room) = room.filter(|_| !parts.is_empty()) {
+            let client = resolved.client.map_or("", |client| client.id).into();
+            let owed = Grant { owner: owner(), client, parts, passes };
+            *grant = self.grants.open_grant(owed, room, &*self.entropy).map(Granted::Kept);
+        } else if !passes.is_empty() {
+            let name = PassName::new(passes, &owner(), self.grants.secret());
+            *grant = Some(Granted::Passed(name));
         }
+        held.extend(circuits.iter().filter_map(Crossed::held));
         let decision = &mut decided.decision;
-        if resolved.asks.len() < resolved.rules.len() {
+        let limiters = resolved.asks.len() - resolved.circuits.len();
+        if limiters < resolved.rules.len() {
             tell_leases(decision, resolved.rules);
-            let ends: ArrayVec<usize, { limits::ASKS }> = resolved.ends().collect();
+            let ends = resolved.asks.iter().zip(resolved.ends());
+            let ends = ends.filter(|(ask, _)| ask.rules > 0).map(|(_, end)| end);
+            let ends: ArrayVec<usize, { limits::ASKS }> = ends.collect();
             decision.merge(&ends);
         }
     }
 
-    /// Gives back the permits of a grant whose caller could not be told of it. What else it holds stands until it
-    /// expires: the caller may know of it after all.
-    pub fn take_back(&self, grant: GrantId) {
+    /// Gives back the permits and probes of a grant whose caller could not be told of it. What else it holds
+    /// stands until it expires: the caller may know of it after all.
+    pub fn take_back(&self, grant: &Granted) {
         let now = self.clock.now();
-        for due in self.grants.take_permits(grant) {
-            // Where nothing is written any more, nothing is admitted either.
-            let _ = self.settle(&due, now);
-        }
+        let passes = match grant {
+            Granted::Kept(name) => {
+                let (dues, passes) = self.grants.take_permits(name.id);
+                for due in dues {
+                    // Where nothing is written any more, nothing is admitted either.
+                    let _ = self.settle(&due, now);
+                }
+                passes
+            }
+            Granted::Passed(name) => name.passes.clone(),
+        };
+        self.abandon(&passes, now.time);
     }
 
     /// Notes what operators want to see: who asks, for which keys, and the names of new ones.
     fn watch(&self, resolved: &Resolved<'_>, charged: &[Charged], now: Time) {
         let mut start = 0;
         for (ask, end) in resolved.asks.iter().zip(resolved.ends()) {
-            if let (Some(rule), Some(charged)) = (resolved.rules.get(start), charged.get(start)) {
+            let first = (resolved.rules.get(start), charged.get(start));
+            if let (Some(rule), Some(charged)) = first
+                && ask.rules > 0
+            {
                 ask.policy.top_keys.record(ask.key, ask.weight, top_keys::draw(rule.cell, now));
                 if charged.is_new && charged.cell == rule.cell {
                     ask.policy.names.add(ask.key, rule.cell);
@@ -610,7 +696,7 @@ fn holds(rule: &CellAsk<'_>, granted: u64) -> Option<Holds> {
 /// An ask whose policy is found.
 struct Named<'a> {
     policy: &'a Arc<Policy>,
-    /// How many rules judge it.
+    /// How many rules judge it; none of a breaker's.
     rules: usize,
     /// It is no peek, so it counts.
     counts: bool,
@@ -626,15 +712,23 @@ struct Resolved<'a> {
     catalogue: &'a Catalogue,
     asks: &'a [Named<'a>],
     rules: &'a [CellAsk<'a>],
+    circuits: &'a [Crossing<'a>],
     client: Option<Client<'a>>,
 }
 
 impl Resolved<'_> {
     /// Counts what became of each ask.
-    fn count(&self, Decided { decision, .. }: &Decided) {
-        for (ask, verdict) in self.asks.iter().zip(&decision.verdicts) {
+    fn count(&self, Decided { decision, .. }: &Decided, circuits: &[Crossed]) {
+        let limiters = self.asks.iter().filter(|ask| ask.rules > 0);
+        for (ask, verdict) in limiters.zip(&decision.verdicts) {
             if ask.counts {
                 ask.policy.decisions.count(decision.allowed, verdict);
+            }
+        }
+        for crossed in circuits {
+            let ask = &self.asks[crossed.ask];
+            if ask.counts {
+                ask.policy.decisions.count_crossing(decision.allowed, crossed);
             }
         }
     }
@@ -772,12 +866,22 @@ impl<'n> Asker<'_, 'n> {
         entry: Entry<impl IntoIterator<Item = Ask<'a>>>,
         mut named: impl FnMut(Named<'n>),
         mut rule: impl FnMut(CellAsk<'n>),
+        mut circuit: impl FnMut(Crossing<'n>),
     ) -> Result<(), AcquireError> {
         let Entry { asks, priority, retry } = entry;
+        let mut circuits = 0;
         for (index, ask) in asks.into_iter().enumerate() {
             let policy = self.namespace.policy(ask.policy).ok_or_else(|| {
                 AcquireError::UnknownPolicy { ask: index, policy: ask.policy.to_owned() }
             })?;
+            if let Some(place) = policy.place(ask.key) {
+                circuits += 1;
+                check_crossing(index, circuits, policy, &ask)?;
+                circuit(Crossing { ask: index, place, peeks: ask.cost == 0 });
+                let (counts, weight) = (ask.cost > 0, ask.cost);
+                named(Named { policy, rules: 0, counts, key: ask.key, weight });
+                continue;
+            }
             let purpose = if ask.estimated { Purpose::Estimate } else { Purpose::Spend };
             let core_ask =
                 fusebox_core::Ask { retry, ..fusebox_core::Ask::spend(ask.cost).to(purpose) };
@@ -839,6 +943,27 @@ fn is_leasable(limit: &Limit, lease_time: Duration, clients: u32) -> bool {
     };
     let flows = u128::from(limit) * lease_time.as_nanos();
     flows >= 2 * u128::from(clients) * per.as_nanos()
+}
+
+/// Refuses what no circuit is asked for.
+fn check_crossing(
+    index: usize,
+    circuits: usize,
+    policy: &Policy,
+    ask: &Ask<'_>,
+) -> Result<(), AcquireError> {
+    let policy = || policy.name.to_string();
+    if circuits > limits::CIRCUIT_ASKS {
+        return Err(AcquireError::TooManyCircuits { ask: index, policy: policy() });
+    }
+    if ask.estimated {
+        let counts = "calls through a circuit";
+        return Err(AcquireError::NotEstimable { ask: index, policy: policy(), counts });
+    }
+    if ask.cost > 1 {
+        return Err(AcquireError::OneCall { ask: index, policy: policy(), cost: ask.cost });
+    }
+    Ok(())
 }
 
 fn namespace<'a>(catalogue: &'a Catalogue, name: &str) -> Result<&'a Namespace, AcquireError> {

@@ -6,9 +6,12 @@ use std::sync::{
 };
 
 use crossbeam_utils::CachePadded;
-use fusebox_core::{Admission, Reason, Verdict};
+use fusebox_core::{
+    Admission, Reason, Verdict,
+    circuit::{Passage, Refusal},
+};
 
-use crate::storage::journal::Stats;
+use crate::{app::Crossed, storage::journal::Stats};
 
 /// What can become of one ask: the decision is the Acquire's, the reason the ask's own. An ask that only
 /// watches has a reason also where its Acquire is allowed.
@@ -23,7 +26,7 @@ pub const DECISION_LABELS: [(&str, &str); 2 * REASONS.len()] = {
     labels
 };
 
-const REASONS: [&str; 8] = [
+const REASONS: [&str; 13] = [
     "",
     "rate_limited",
     "concurrency_limited",
@@ -32,6 +35,11 @@ const REASONS: [&str; 8] = [
     "overflow_bucket",
     "line_full",
     "blocked",
+    "circuit_open",
+    "circuit_forced_open",
+    "probes_in_use",
+    "ramping",
+    "not_shared",
 ];
 
 fn index_of(admission: Admission) -> usize {
@@ -46,6 +54,19 @@ fn index_of(admission: Admission) -> usize {
             Reason::LineFull => 6,
             Reason::Blocked => 7,
         },
+    }
+}
+
+fn index_of_crossing(crossed: &Crossed) -> usize {
+    match crossed.passage {
+        Passage::Refused { refusal, .. } => match refusal {
+            Refusal::Open => 8,
+            Refusal::ForcedOpen => 9,
+            Refusal::ProbesInUse => 10,
+            Refusal::Ramping => 11,
+        },
+        Passage::Free if crossed.view.is_none() => 12,
+        Passage::Free | Passage::Probe => 0,
     }
 }
 
@@ -82,6 +103,12 @@ pub struct Decisions {
 }
 
 impl Decisions {
+    /// Counts what became of an ask of a circuit.
+    pub fn count_crossing(&self, allowed: bool, crossed: &Crossed) {
+        let deny = if allowed { 0 } else { REASONS.len() };
+        self.counts[deny + index_of_crossing(crossed)].fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Counts what became of one ask of an Acquire.
     pub fn count(&self, allowed: bool, verdict: &Verdict) {
         let deny = if allowed { 0 } else { REASONS.len() };

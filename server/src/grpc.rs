@@ -246,11 +246,11 @@ fn on_its_way(
     app: &Arc<App>,
 ) -> Answer<(AcquireResponse, Option<Delivery>)> {
     answer.map(|reply| {
-        let delivery = reply.permits.map(|grant| {
+        let delivery = reply.to_give_back.map(|grant| {
             let app = Arc::clone(app);
             Delivery::new(move |ended| {
                 if ended == Ended::Lost {
-                    app.take_back(grant);
+                    app.take_back(&grant);
                 }
             })
         });

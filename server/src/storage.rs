@@ -212,6 +212,15 @@ pub struct Decided {
     pub charged: ArrayVec<Charged, MAX_RULES>,
 }
 
+impl Decided {
+    /// Nothing was asked of any cell.
+    pub fn clear(&mut self, allowed: bool) {
+        self.decision.allowed = allowed;
+        self.decision.verdicts.clear();
+        self.charged.clear();
+    }
+}
+
 /// Where a charge is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Charged {

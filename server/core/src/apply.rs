@@ -49,6 +49,8 @@ pub enum Charging {
     EachAlone,
     /// Every rule; one that denies drains its cell, unless others wait for it.
     Always,
+    /// None: something else denies, and only what the rules say is wanted.
+    Nothing,
 }
 
 /// The answer of one rule.
@@ -190,8 +192,8 @@ pub fn apply_to(
         });
     }
 
-    decision.allowed &= quota_left || !quota_asked;
-    if charging == Charging::AllOrNothing && !decision.allowed {
+    decision.allowed &= (quota_left || !quota_asked) && charging != Charging::Nothing;
+    if matches!(charging, Charging::AllOrNothing | Charging::Nothing) && !decision.allowed {
         give_back(rules, cells, now);
         tell_uncharged(&mut decision.verdicts, rules, cells, now);
     } else {

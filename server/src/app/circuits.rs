@@ -5,18 +5,21 @@ use std::{fmt, hash::Hasher, str::FromStr, sync::Arc};
 use arrayvec::ArrayVec;
 use fusebox_core::{
     Time,
-    circuit::{Call, Circuit, Delta, Generation, ProbeId, Reported, Reporter, Turn, View},
+    circuit::{
+        Admitted, Call, Circuit, Delta, Generation, Outcome, Passage, ProbeId, Reported, Reporter,
+        Turn, View,
+    },
 };
 use siphasher::sip::SipHasher24;
 
 use super::{
-    App, GrantName, Principal,
+    App, GrantName, Held, Principal,
     grants::{NotAGrantId, Owner},
 };
 use crate::{
     catalogue::CellId,
     limits,
-    storage::{Answer, CircuitName, Place, StorageError},
+    storage::{Answer, CircuitName, Circuits, Durable, Locked, Place, StorageError},
 };
 
 /// A call that was let through a circuit.
@@ -124,6 +127,16 @@ impl FromStr for PassName {
     }
 }
 
+impl Granted {
+    /// The name of a grant that the server keeps.
+    pub fn kept(self) -> Option<GrantName> {
+        match self {
+            Self::Kept(name) => Some(name),
+            Self::Passed(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for Granted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -142,6 +155,111 @@ impl FromStr for Granted {
     }
 }
 
+/// A call that would go through a circuit.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Crossing<'a> {
+    /// The ask.
+    pub(super) ask: usize,
+    /// The circuit.
+    pub(super) place: Place<'a>,
+    /// It only wants to know.
+    pub(super) peeks: bool,
+}
+
+/// What became of the ask of a circuit.
+#[derive(Clone, Debug)]
+pub struct Crossed {
+    /// The ask.
+    pub ask: usize,
+    /// What becomes of the call.
+    pub passage: Passage,
+    /// What the circuit is; `None` if there is no room for it, and nobody shares it.
+    pub view: Option<View>,
+    /// What was let through.
+    pub admitted: Option<Admitted>,
+}
+
+impl Crossed {
+    /// What its part of a grant lives.
+    pub(super) fn held(&self) -> Option<Held> {
+        let (_, expires_in) = self.admitted?.probe?;
+        Some(Held { ask: self.ask, leased: 0, permits: true, expires_in })
+    }
+}
+
+/// Circuits that are asked together, locked until it is known what becomes of the call.
+pub(super) struct Crossings<'a> {
+    locked: Locked<'a>,
+    asked: ArrayVec<Option<(Passage, View)>, { limits::CIRCUIT_ASKS }>,
+}
+
+impl<'a> Crossings<'a> {
+    fn new(
+        circuits: &'a Circuits,
+        crossings: &[Crossing<'_>],
+        now: Time,
+    ) -> Result<Self, StorageError> {
+        let cells: ArrayVec<_, { limits::CIRCUIT_ASKS }> =
+            crossings.iter().map(|crossing| crossing.place.cell).collect();
+        let mut locked = circuits.lock(&cells)?;
+        let asked = crossings.iter().map(|crossing| match &crossing.place {
+            // It would be closed: nothing comes to be there for a look.
+            place if crossing.peeks && !locked.has(place) => {
+                let absent = Circuit::new(circuits.absent(), place.breaker, now);
+                let view = circuits.turn(place.breaker, now, |turn| absent.view(turn));
+                Some((Passage::Free, view))
+            }
+            place => locked.ask(place, now),
+        });
+        let asked = asked.collect();
+        Ok(Self { locked, asked })
+    }
+
+    /// Whether a circuit refuses the call.
+    pub(super) fn is_refused(&self) -> bool {
+        let mut refused = self.asked.iter().flatten();
+        refused.any(|(passage, _)| matches!(passage, Passage::Refused { .. }))
+    }
+
+    /// Lets the call through all of them, or none.
+    pub(super) fn conclude(
+        &mut self,
+        crossings: &[Crossing<'_>],
+        allowed: bool,
+        now: Time,
+    ) -> (ArrayVec<Crossed, { limits::CIRCUIT_ASKS }>, Passes) {
+        let mut passes = Passes::new();
+        let asked = std::mem::take(&mut self.asked);
+        let crossed = crossings.iter().zip(asked).map(|(crossing, asked)| {
+            let Crossing { ask, place, peeks } = *crossing;
+            let Some((passage, mut view)) = asked else {
+                return Crossed { ask, passage: Passage::Free, view: None, admitted: None };
+            };
+            let admitted = match peeks {
+                true => None,
+                false => self.locked.conclude(&place, passage, allowed, now),
+            };
+            if let Some((admitted, now_is)) = admitted.as_ref() {
+                let Admitted { generation, probe } = *admitted;
+                let probe = probe.map(|(probe, _)| probe);
+                passes.push(Pass { cell: place.cell, generation, probe });
+                view.clone_from(now_is);
+            }
+            let admitted = admitted.map(|(admitted, _)| admitted);
+            Crossed { ask, passage, view: Some(view), admitted }
+        });
+        (crossed.collect(), passes)
+    }
+
+    /// When all that was seen of them is on disk; `None` if it is already.
+    pub(super) fn durable(self) -> Option<Durable> {
+        self.locked.durable()
+    }
+}
+
+/// Who tells of what never reached a caller.
+const NOBODY: Reporter<'static> = Reporter { id: "", zone: "" };
+
 /// A circuit as who tells of it is told of it.
 #[derive(Clone, Debug)]
 pub struct Seen {
@@ -154,6 +272,32 @@ pub struct Seen {
 }
 
 impl App {
+    /// Asks circuits, if any are asked for.
+    ///
+    /// # Errors
+    /// If nothing is decided any more.
+    pub(super) fn cross(
+        &self,
+        crossings: &[Crossing<'_>],
+        now: Time,
+    ) -> Result<Option<Crossings<'_>>, StorageError> {
+        let some = !crossings.is_empty();
+        some.then(|| Crossings::new(&self.circuits, crossings, now)).transpose()
+    }
+
+    /// Gives probes back whose caller could not be told of them.
+    pub(super) fn abandon(&self, passes: &[Pass], now: Time) {
+        let call = Call { outcome: Outcome::Abandoned, latency: None, kind: "" };
+        for pass in passes.iter().filter(|pass| pass.probe.is_some()) {
+            let name = self.circuits.look(pass.cell, |name, _, _| Arc::clone(name));
+            if let Some(name) = name {
+                let namespace = &name.breaker.namespace;
+                // Where nothing is decided any more, nobody needs them either.
+                let _ = self.report_pass(namespace, *pass, call, NOBODY, now);
+            }
+        }
+    }
+
     /// Tells a circuit how a call went, and what the circuit is then. `None` if there is no such circuit in the
     /// namespace.
     ///

@@ -18,7 +18,7 @@ use fusebox_core::{Limit, Settlement, Time};
 use parking_lot::Mutex;
 use siphasher::sip::SipHasher24;
 
-use super::Principal;
+use super::{Passes, Principal};
 use crate::{
     catalogue::{Catalogue, CellId, Limiter, LimiterNumber},
     entropy::Entropy,
@@ -36,6 +36,8 @@ pub(super) struct Grant {
     pub(super) client: Arc<str>,
     /// What it holds.
     pub(super) parts: Vec<Part>,
+    /// Calls through circuits that were let through with it: they are told of it at its end.
+    pub(super) passes: Passes,
 }
 
 /// Whose a grant is, and the namespace that it was given in.
@@ -278,6 +280,11 @@ impl Grants {
         Self { boot, secret, capacity, open: Arc::default(), shards: Default::default() }
     }
 
+    /// What seals what callers are given to keep.
+    pub(super) const fn secret(&self) -> &[u8; 16] {
+        &self.secret
+    }
+
     /// Grants that are open now.
     pub fn open(&self) -> usize {
         self.open.load(Ordering::Relaxed)
@@ -338,14 +345,15 @@ impl Grants {
         all
     }
 
-    /// Settles an open grant of this owner, or a part of what it owes: nobody can do that again.
+    /// Settles an open grant of this owner, or a part of what it owes: nobody can do that again. With it end its
+    /// calls through circuits, which are yet to be told of it.
     pub(super) fn settle(
         &self,
         id: GrantId,
         owner: &Owner,
         told: Told,
         now: Time,
-    ) -> Taken<Vec<Due>> {
+    ) -> Taken<(Vec<Due>, Passes)> {
         let mut shard = self.shard(id).lock();
         if shard.settled.get(&id).is_some_and(|other| other == owner) {
             return Taken::Settled;
@@ -357,11 +365,13 @@ impl Grants {
             false => (!told.partial).then(|| part.expired()),
         };
         let dues = grant.parts.iter_mut().filter_map(due).collect();
+        let mut passes = Passes::new();
         if !told.partial {
+            passes = std::mem::take(&mut grant.passes);
             shard.end(id);
             self.open.fetch_sub(1, Ordering::Relaxed);
         }
-        Taken::Open(dues)
+        Taken::Open((dues, passes))
     }
 
     /// Renews the permits of an open grant of this owner; how long it lives now.
@@ -391,10 +401,12 @@ impl Grants {
         lives.map_or(Taken::Unknown, Taken::Open)
     }
 
-    /// Takes the permits of an open grant, whoever it is of; what else it holds stays.
-    pub(super) fn take_permits(&self, id: GrantId) -> Vec<Due> {
+    /// Takes the permits and the calls through circuits of an open grant, whoever it is of; what else it holds
+    /// stays.
+    pub(super) fn take_permits(&self, id: GrantId) -> (Vec<Due>, Passes) {
         let mut shard = self.shard(id).lock();
-        let Some(mut grant) = shard.take(id) else { return Vec::new() };
+        let Some(mut grant) = shard.take(id) else { return Default::default() };
+        let passes = std::mem::take(&mut grant.passes);
         let permits = grant.parts.extract_if(.., |part| part.open.holds == Holds::Permit);
         let dues = permits.map(|part| part.expired()).collect();
         if grant.parts.is_empty() {
@@ -403,7 +415,7 @@ impl Grants {
         } else {
             shard.open(id, grant);
         }
-        dues
+        (dues, passes)
     }
 
     /// Ends an open grant, whoever it is of, as if all of it had expired now.
@@ -525,7 +537,7 @@ mod tests {
 
     fn open_parts(grants: &Grants, parts: Vec<Part>) -> Option<GrantName> {
         let mut room = grants.reserve(1)?;
-        let grant = Grant { owner: owner(), client: "".into(), parts };
+        let grant = Grant { owner: owner(), client: "".into(), parts, passes: Passes::new() };
         grants.open_grant(grant, &mut room, &SystemEntropy)
     }
 
@@ -533,7 +545,7 @@ mod tests {
         open_parts(grants, vec![part(Holds::Estimate, 5, 10)]).map(|name| name.id)
     }
 
-    fn settle(grants: &Grants, id: GrantId, now: u64) -> Taken<Vec<Due>> {
+    fn settle(grants: &Grants, id: GrantId, now: u64) -> Taken<(Vec<Due>, Passes)> {
         grants.settle(id, &owner(), ESTIMATE, Time::from_nanos(now))
     }
 
@@ -567,7 +579,7 @@ mod tests {
         let tell = |actual, partial| {
             let told = Told { actual_cost: actual, partial, ..ESTIMATE };
             match grants.settle(id, &owner(), told, Time::ZERO) {
-                Taken::Open(dues) => dues[0].known,
+                Taken::Open((dues, _)) => dues[0].known,
                 other => panic!("{other:?}"),
             }
         };
@@ -591,7 +603,7 @@ mod tests {
         assert_eq!(permit[0].known.refund(), 1, "a permit comes back");
         assert_eq!(grants.open(), 1);
         let told = Told { lease_returned: 3, ..ESTIMATE };
-        let Taken::Open(dues) = grants.settle(id, &owner(), told, Time::from_nanos(5)) else {
+        let Taken::Open((dues, _)) = grants.settle(id, &owner(), told, Time::from_nanos(5)) else {
             panic!("the lease is still open");
         };
         assert_eq!((dues.len(), dues[0].known.refund()), (1, 3));
@@ -606,7 +618,9 @@ mod tests {
         let tell = |partial| {
             let told = Told { actual_cost: Some(3), partial, ..ESTIMATE };
             match grants.settle(id, &owner(), told, Time::from_nanos(5)) {
-                Taken::Open(dues) => dues.iter().map(|due| due.known.refund()).collect::<Vec<_>>(),
+                Taken::Open((dues, _)) => {
+                    dues.iter().map(|due| due.known.refund()).collect::<Vec<_>>()
+                }
                 other => panic!("{other:?}"),
             }
         };
@@ -647,7 +661,8 @@ mod tests {
         let more = Claim { permits: 3, ..name.claim.unwrap() };
         assert!(!later.is_forgotten(GrantName { claim: Some(more), ..name }, &owner()));
         assert!(!Grants::new(2, [8; 16], 2).is_forgotten(name, &owner()), "another data directory");
-        later.restore(name.id, Grant { owner: owner(), client: "".into(), parts: Vec::new() });
+        let (parts, passes) = (Vec::new(), Passes::new());
+        later.restore(name.id, Grant { owner: owner(), client: "".into(), parts, passes });
         assert!(!later.is_forgotten(name, &owner()), "once");
     }
 

@@ -202,12 +202,13 @@ impl App {
             let charging = domain.charging;
             let charge = Charge { charging, asks: rules, catalogue: &catalogue };
             answer = self.storage.apply(&charge, None, caller.now, &mut decided)?;
-            let resolved = Resolved { catalogue: &catalogue, asks: named, rules, client: None };
+            let resolved =
+                Resolved { catalogue: &catalogue, asks: named, rules, circuits: &[], client: None };
             if named.len() < rules.len() {
                 let ends: ArrayVec<usize, { limits::DESCRIPTORS }> = resolved.ends().collect();
                 decided.decision.merge(&ends);
             }
-            resolved.count(&decided);
+            resolved.count(&decided, &[]);
             self.watch(&resolved, &decided.charged, caller.now.time);
         }
 

@@ -102,7 +102,7 @@ impl App {
                 self.grants.settle(name.id, &owner, *told, caller.now.time)
             });
             let (result, count) = match taken {
-                Taken::Open(dues) => {
+                Taken::Open((dues, _passes)) => {
                     for due in dues {
                         answers.push(self.settle(&due, caller.now)?);
                     }
@@ -172,7 +172,10 @@ impl App {
         };
         let parts = vec![Part { limiter: Arc::clone(limiter), open }];
         let client = client.map_or("", |client| client.id).into();
-        self.grants.restore(name.id, Grant { owner: owner.clone(), client, parts });
+        self.grants.restore(
+            name.id,
+            Grant { owner: owner.clone(), client, parts, passes: Default::default() },
+        );
         Ok(permits.ttl())
     }
 }

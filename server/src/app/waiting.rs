@@ -27,6 +27,9 @@ impl App {
         max_wait: Duration,
         tell: impl FnOnce(&Acquired, Option<Duration>) -> T,
     ) -> Result<Answer<T>, AcquireError> {
+        if let Some(policy) = self.breaker_of(&acquire) {
+            return Err(AcquireError::NoLine { policy });
+        }
         // On the heap: it lives as long as the caller waits.
         let mut acquired = Box::new(Acquired::default());
         let attempt = |stands, counts, acquired: &mut Acquired| {
@@ -77,6 +80,13 @@ impl App {
         };
         let waited = Duration::from_nanos(self.clock.time().nanos_since(started));
         Ok(answer.map(|()| tell(&acquired, Some(waited))))
+    }
+
+    /// The name of what is asked, if that is a breaker.
+    fn breaker_of(&self, acquire: &Waiting<'_>) -> Option<String> {
+        let catalogue = self.catalogue.load();
+        let policy = catalogue.namespace(acquire.namespace)?.policy(acquire.entry.asks.policy)?;
+        policy.breakers.as_ref().map(|_| policy.name.to_string())
     }
 
     /// The line of what is asked, and how many may stand in it.

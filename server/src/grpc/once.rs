@@ -161,13 +161,13 @@ impl<'a> Turn<'a> {
             Answer::Now(reply) => (reply, Waited::Over(Ok(()))),
             Answer::Later(reply, durable) => (reply, Waited::For(durable)),
         };
-        let (allowed, permits) = (reply.allowed, reply.permits);
+        let (allowed, to_give_back) = (reply.allowed, reply.to_give_back.clone());
         let until = at.after(reply.lives().min(limits::REMEMBERED_FOR));
         let remembered = Ok(Remembered { reply, at, durable: Mutex::new(durable) });
-        match permits {
+        match to_give_back {
             Some(grant) => {
                 let app = Arc::clone(app);
-                first.remember(remembered, until, move |_| app.take_back(grant))
+                first.remember(remembered, until, move |_| app.take_back(&grant))
             }
             // All else stands as charged, so it is told to whoever repeats the request.
             None if allowed => first.keep(remembered, until),

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use fusebox_core::{
     Admission, Reason, Time,
-    circuit::{self, Mode, State, View},
+    circuit::{self, Mode, Passage, Refusal, State, View},
 };
 use fusebox_proto::v1::{
     self, AcquireResponse, CircuitMode, CircuitState, CircuitStatus, Decision, Renewal,
     ReportResponse, ReportResult, Verdict,
 };
 
-use crate::app::{Acquired, GrantId, Renewed, Reported};
+use crate::app::{Acquired, Crossed, Granted, Renewed, Reported};
 use crate::storage::CircuitName;
 
 /// The answer to an Acquire, and what has to be known of it beside.
@@ -22,8 +22,8 @@ pub(super) struct Reply {
     pub(super) allowed: bool,
     /// How long what was granted lives, by ask.
     pub(super) lives: Vec<(usize, Duration)>,
-    /// The grant, if there are permits in it.
-    pub(super) permits: Option<GrantId>,
+    /// The grant, if there are permits or probes in it: they come back if nobody is told of it.
+    pub(super) to_give_back: Option<Granted>,
 }
 
 impl Reply {
@@ -35,16 +35,21 @@ impl Reply {
 
 /// The answer to an Acquire, which stood in line for so long.
 pub(super) fn acquired(acquired: &Acquired, waited: Option<Duration>) -> Reply {
-    let Acquired { decided, grant, held } = acquired;
+    let Acquired { decided, circuits, at, grant, held } = acquired;
     let decision = &decided.decision;
-    let mut verdicts: Vec<_> = decision.verdicts.iter().map(verdict).collect();
+    let mut verdicts = Vec::with_capacity(decision.verdicts.len() + circuits.len());
+    verdicts.extend(decision.verdicts.iter().map(verdict));
+    // In the order of the asks.
+    for crossed in circuits {
+        verdicts.insert(crossed.ask, crossing(crossed, *at));
+    }
     for held in held {
         verdicts[held.ask].leased = held.leased;
         verdicts[held.ask].expires_in = Some(duration(held.expires_in));
     }
     let response = AcquireResponse {
         decision: if decision.allowed { Decision::Allow } else { Decision::Deny }.into(),
-        grant_id: grant.map(|grant| grant.to_string()).unwrap_or_default(),
+        grant_id: grant.as_ref().map(Granted::to_string).unwrap_or_default(),
         waited: waited.map(duration),
         verdicts,
     };
@@ -52,7 +57,7 @@ pub(super) fn acquired(acquired: &Acquired, waited: Option<Duration>) -> Reply {
         response,
         allowed: decision.allowed,
         lives: held.iter().map(|held| (held.ask, held.expires_in)).collect(),
-        permits: grant.filter(|_| held.iter().any(|held| held.permits)).map(|grant| grant.id),
+        to_give_back: grant.clone().filter(|_| held.iter().any(|held| held.permits)),
     }
 }
 
@@ -75,6 +80,38 @@ pub(super) fn reported(
         results: results.iter().map(result).collect(),
         renewals: ids.into_iter().zip(renewed).map(renewal).collect(),
         ..Default::default()
+    }
+}
+
+/// The verdict of an ask of a breaker.
+fn crossing(crossed: &Crossed, now: Time) -> Verdict {
+    let Crossed { passage, view, admitted, .. } = crossed;
+    let (decision, reason, retry_after) = match *passage {
+        Passage::Refused { refusal, retry_after } => {
+            (Decision::Deny, refusal_reason(refusal), retry_after)
+        }
+        Passage::Free if view.is_none() => (Decision::Allow, v1::Reason::NotShared, None),
+        Passage::Free | Passage::Probe => (Decision::Allow, v1::Reason::Unspecified, None),
+    };
+    let state = view.as_ref().map(|view| circuit_state(view.phase.state()));
+    Verdict {
+        decision: decision.into(),
+        reason: reason.into(),
+        retry_after: retry_after.map(duration),
+        circuit_state: state.unwrap_or(CircuitState::Unspecified).into(),
+        generation: view.as_ref().map_or(0, |view| view.generation.0),
+        probe: admitted.is_some_and(|admitted| admitted.probe.is_some()),
+        evidence: view.as_ref().and_then(|view| circuit_evidence(view, now)),
+        ..Verdict::default()
+    }
+}
+
+const fn refusal_reason(refusal: Refusal) -> v1::Reason {
+    match refusal {
+        Refusal::Open => v1::Reason::CircuitOpen,
+        Refusal::ForcedOpen => v1::Reason::CircuitForcedOpen,
+        Refusal::ProbesInUse => v1::Reason::ProbesInUse,
+        Refusal::Ramping => v1::Reason::Ramping,
     }
 }
 

@@ -85,6 +85,11 @@ pub(super) fn acquire(error: &AcquireError, entry: Option<usize>) -> Status {
         AcquireError::NotEstimable { ask, .. } => {
             wrong(field(*ask, "estimated"), error.to_string())
         }
+        AcquireError::OneCall { ask, .. } => wrong(field(*ask, "cost"), error.to_string()),
+        AcquireError::TooManyCircuits { ask, .. } => {
+            wrong(field(*ask, "policy"), error.to_string())
+        }
+        AcquireError::NoLine { .. } => wrong("max_wait", error.to_string()),
         AcquireError::TooManyLimits { .. } => wrong("requests", error.to_string()),
         AcquireError::Draining => Status::unavailable(error.to_string()),
         AcquireError::GrantsFull => Status::resource_exhausted(error.to_string()),

@@ -522,17 +522,19 @@ impl Locked<'_> {
         shard.is_some_and(|(_, shard)| shard.circuits.contains_key(&place.cell))
     }
 
-    /// Lets a call through, or not, of which [`Self::ask`] has told what would become of it.
+    /// Lets a call through, or not, of which [`Self::ask`] has told what would become of it; and what the circuit is
+    /// then, if it does.
     pub fn conclude(
         &mut self,
         place: &Place<'_>,
         passage: Passage,
         admitted: bool,
         now: Time,
-    ) -> Option<Admitted> {
+    ) -> Option<(Admitted, View)> {
         self.change_named(place, now, |_, circuit, turn| {
             let admitted = if admitted {
-                Some(circuit.admit(passage, turn))
+                let admitted = circuit.admit(passage, turn);
+                Some((admitted, circuit.view(turn)))
             } else {
                 circuit.refuse(passage, turn);
                 None

@@ -249,6 +249,9 @@ impl Writer {
             self.catch_up();
         }
         let round = self.round + 1;
+        // Before the cells: who waits for a circuit has charged before that, so this round has its marks too.
+        let mut batch = Batch::default();
+        let taken = self.circuits.take_queued(&mut batch.writes, &mut self.noted);
         let mut changes = Vec::new();
         let now = self.journal.clock.now();
         let mut latest = not_before(now, self.journal.latest);
@@ -263,8 +266,7 @@ impl Writer {
         {
             self.cells.take_lagging(shard, round, &mut changes);
         }
-        let mut batch = batch_of(changes);
-        let taken = self.circuits.take_queued(&mut batch.writes, &mut self.noted);
+        add_to(&mut batch, changes);
         for note in self.cells.take_notes() {
             batch.writes.extend(note.writes);
             self.noted.push(note.told);
@@ -292,8 +294,7 @@ impl Writer {
     }
 }
 
-fn batch_of(changes: Vec<Change>) -> Batch {
-    let mut batch = Batch::default();
+fn add_to(batch: &mut Batch, changes: Vec<Change>) {
     for Change { id, kept } in changes {
         match kept {
             Some(kept) => {
@@ -303,5 +304,4 @@ fn batch_of(changes: Vec<Change>) -> Batch {
             None => batch.delete(Keyspace::Cells, id.to_bytes()),
         }
     }
-    batch
 }

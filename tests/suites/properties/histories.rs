@@ -9,7 +9,8 @@ use std::{
 
 use fusebox_server::{
     app::{
-        self, Acquire, Acquired, App, Ask, GrantName, Principal, Priority, Report, Reported, Told,
+        self, Acquire, Acquired, App, Ask, GrantName, Granted, Principal, Priority, Report,
+        Reported, Told,
     },
     config::Config,
     storage::{Answer, Decided, Durable, Recovered, Storage, Writer},
@@ -260,7 +261,11 @@ impl World {
         let caller = life.app.caller(Principal::Anonymous);
         let tell = |acquired: &Acquired| {
             let Acquired { decided: Decided { decision, .. }, grant, .. } = acquired;
-            (decision.allowed, decision.verdicts[0].remaining, *grant)
+            (
+                decision.allowed,
+                decision.verdicts[0].remaining,
+                grant.clone().and_then(Granted::kept),
+            )
         };
         let ((allowed, remaining, grant), durable) =
             match life.app.acquire(caller, acquire, tell).unwrap() {

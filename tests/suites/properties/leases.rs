@@ -6,7 +6,8 @@ use std::{collections::BTreeMap, pin::pin, sync::Arc, task::Context, task::Waker
 
 use fusebox_server::{
     app::{
-        self, Acquire, Acquired, App, Ask, Client, GrantName, Principal, Priority, Report, Told,
+        self, Acquire, Acquired, App, Ask, Client, GrantName, Granted, Principal, Priority, Report,
+        Told,
     },
     config::Config,
     storage::{Recovered, Storage, Writer},
@@ -231,7 +232,11 @@ impl World {
             let held = acquired.held.first().copied().unwrap_or_default();
             let verdict = acquired.decided.decision.verdicts[0];
             assert!(verdict.remaining <= verdict.limit);
-            (acquired.decided.decision.allowed, acquired.grant, held)
+            (
+                acquired.decided.decision.allowed,
+                acquired.grant.clone().and_then(Granted::kept),
+                held,
+            )
         };
         let answer = self.app.acquire(caller, acquire, tell).unwrap();
         let (allowed, grant, held) = told(answer, &mut self.writer);

@@ -11,7 +11,7 @@ use fusebox_core::Decision;
 use fusebox_server::{
     app::{
         Acquire, AcquireError, Acquired, App, Ask, Batch, BatchError, Client, Entry, GrantName,
-        Held, Life, Principal, Priority, Renewed, Report, Reported, Told,
+        Granted, Held, Life, Principal, Priority, Renewed, Report, Reported, Told,
     },
     config::Config,
     limits,
@@ -43,7 +43,7 @@ impl Answered {
     fn of(acquired: &Acquired) -> Self {
         Self {
             decision: acquired.decided.decision.clone(),
-            grant: acquired.grant,
+            grant: acquired.grant.clone().and_then(Granted::kept),
             held: acquired.held.to_vec(),
         }
     }
