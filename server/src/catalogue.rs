@@ -85,7 +85,7 @@ pub struct Policy {
 }
 
 /// The limits that judge a key together, and where it is counted once the policy has too many keys.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Rules {
     /// Each has its own cell of the key.
     pub limiters: ArrayVec<Arc<Limiter>, { limits::LIMITS }>,

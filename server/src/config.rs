@@ -1,7 +1,9 @@
 //! The configuration: parsed once, at the edge, into what cannot be wrong.
 
+mod breaker;
 mod difference;
 pub mod envoy;
+mod hundredths;
 mod policy;
 
 use std::{
@@ -18,12 +20,18 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_saphyr::{DefaultMessageFormatter, MessageFormatter};
 use thiserror::Error;
 
-pub(crate) use self::policy::{
-    DEFAULT_MIN_PER_SECOND, DEFAULT_RATIO_BASIS_POINTS, DEFAULT_TIME_ZONE, DEFAULT_TTL,
+pub(crate) use self::{
+    breaker::{
+        BackoffFields, BreakerFields, DEFAULT_SLOW_RATE, HalfOpenFields, RampFields, SlowCallFields,
+    },
+    hundredths::{Factor, Percent},
+    policy::{
+        Besides, DEFAULT_MIN_PER_SECOND, DEFAULT_RATIO_BASIS_POINTS, DEFAULT_TIME_ZONE, DEFAULT_TTL,
+    },
 };
 pub use self::{
     difference::{Difference, difference},
-    policy::{Keys, LimitSettings, Override, Policy},
+    policy::{BreakerPolicy, Judge, Keys, LimitSettings, LimiterPolicy, Override, Policy},
 };
 use crate::limits;
 
@@ -412,6 +420,8 @@ mod duration {
 
 #[cfg(test)]
 mod tests {
+    use fusebox_core::circuit::Settings;
+
     use super::*;
 
     fn policies(text: &str) -> String {
@@ -449,18 +459,34 @@ mod tests {
         let example = Config::parse("fusebox.yaml", text).unwrap();
         let policies: Vec<_> =
             example.namespaces.values().flat_map(|namespace| namespace.policies.values()).collect();
-        let kinds = policies.iter().flat_map(|policy| &policy.limits).map(LimitSettings::kind);
+        let limiters: Vec<_> = policies.iter().filter_map(|policy| policy.limiter()).collect();
+        let kinds = limiters.iter().flat_map(|policy| &policy.limits).map(LimitSettings::kind);
         assert_eq!(kinds.collect::<std::collections::BTreeSet<_>>().len(), 6);
         // What an unknown field is told are all that there are.
-        let unknown = Config::parse("a.yaml", &self::policies("{nothing: 0}")).unwrap_err();
-        let unknown = unknown.to_string();
-        let (_, expected) = unknown.split_once("expected one of ").unwrap();
-        for setting in expected.lines().next().unwrap().split(", ") {
-            let setting = setting.trim().trim_matches('`');
-            assert!(text.contains(&format!(" {setting}:")), "{setting} of {expected}");
+        for unknown in [
+            "{nothing: 0}",
+            "{breaker: {nothing: 0}}",
+            "{breaker: {backoff: {nothing: 0}}}",
+            "{breaker: {half_open: {nothing: 0}}}",
+        ] {
+            let unknown = Config::parse("a.yaml", &self::policies(unknown)).unwrap_err();
+            let unknown = unknown.to_string();
+            let (_, expected) = unknown.split_once("expected one of ").unwrap();
+            for setting in expected.lines().next().unwrap().split(", ") {
+                let setting = setting.trim().trim_matches('`');
+                assert!(text.contains(&format!(" {setting}:")), "{setting} of {expected}");
+            }
         }
-        let default = Policy::new(policies[0].limits.clone());
-        for policy in policies {
+        let breaker = policies.iter().find_map(|policy| match policy {
+            Policy::Breaker(policy) => Some(policy),
+            Policy::Limiter(_) => None,
+        });
+        let BreakerPolicy { breaker, max_circuits, .. } = breaker.unwrap();
+        assert_eq!(breaker.slow_call.unwrap().rate, DEFAULT_SLOW_RATE.into());
+        let breaker = Settings { slow_call: None, ..(**breaker).clone() };
+        assert_eq!((breaker, *max_circuits), (Settings::default(), limits::POLICY_CIRCUITS));
+        let default = LimiterPolicy::new(limiters[0].limits.clone());
+        for policy in limiters {
             assert_eq!(policy.shadow, default.shadow);
             assert_eq!(policy.max_cells, default.max_cells);
             assert_eq!(policy.lease_time, default.lease_time);

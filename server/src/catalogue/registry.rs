@@ -12,13 +12,13 @@ use fusebox_core::{Kind, Limit, Moment, saturating_nanos};
 use prost::Message;
 
 use super::{
-    Almanac, Budget, Catalogue, CellHasher, Limiter, LimiterNumber, Names, Overrides, Policy,
-    PolicyName, Ratelimit, Rules,
+    Almanac, Breakers, Budget, Catalogue, CellHasher, Limiter, LimiterNumber, Names, Overrides,
+    Policy, PolicyName, Ratelimit, Reserves, Rules,
 };
 use crate::{
     app::top_keys::TopKeys,
     config::{
-        self, Durability, Keys, LimitSettings, Namespaces,
+        self, BreakerPolicy, Durability, Keys, LimitSettings, LimiterPolicy, Namespaces, Override,
         envoy::{self, RulePolicy, Ruleset},
     },
     limits,
@@ -246,9 +246,7 @@ impl Registry {
             self.budgets.entry(id.policy_name()).or_default();
         }
         for (name, configured) in &self.policies {
-            if let Some(budget) = self.budgets.get(name) {
-                budget.set_most(configured.settings.max_cells);
-            }
+            self.set_budget(name, &configured.settings);
         }
         let mut limiters = self.limiters.clone();
         let policies = self.policies.iter().map(|(name, configured)| {
@@ -383,9 +381,7 @@ impl Registry {
             }
             match after {
                 Some(configured) => {
-                    if let Some(budget) = self.budgets.get(&name) {
-                        budget.set_most(configured.settings.max_cells);
-                    }
+                    self.set_budget(&name, &configured.settings);
                     self.policies.insert(name, configured);
                 }
                 None => drop(self.policies.remove(&name)),
@@ -394,6 +390,13 @@ impl Registry {
         self.limiters.extend(limiters);
         self.directory = directory;
         catalogue
+    }
+
+    /// Gives a policy room for so many cells as it says; a breaker has none, and needs none.
+    fn set_budget(&self, name: &PolicyName, settings: &config::Policy) {
+        if let (Some(budget), Some(policy)) = (self.budgets.get(name), settings.limiter()) {
+            budget.set_most(policy.max_cells);
+        }
     }
 
     /// All cells of these limiters are on disk; what is to be written to say so.
@@ -653,6 +656,7 @@ fn limiters_of(
     now: Moment,
 ) -> Limiters {
     let mut limiters = Limiters::new();
+    let Some(policy) = policy.limiter() else { return limiters };
     let all_fast = all_limits(policy).all(|(_, _, settings)| is_fast(&settings.limit));
     for (keys, index, LimitSettings { limit, .. }) in all_limits(policy) {
         let max_debt = policy.max_debt_of(limit);
@@ -688,71 +692,123 @@ fn limiters_of(
 
 /// Every limit of a policy, and whose it is.
 fn all_limits(
-    policy: &config::Policy,
+    policy: &LimiterPolicy,
 ) -> impl Iterator<Item = (Option<&Keys>, usize, &LimitSettings)> {
     let own = policy.limits.iter().enumerate().map(|(index, limit)| (None, index, limit));
     let others = policy.overrides.iter().flat_map(|one| {
-        one.limits.iter().enumerate().map(move |(index, limit)| (Some(&one.keys), index, limit))
+        one.judge.iter().enumerate().map(move |(index, limit)| (Some(&one.keys), index, limit))
     });
     own.chain(others)
 }
 
-/// A policy of the limiters that are its own, which goes on counting what `former` does.
+/// A policy of the limiters that are its own, or of circuits, which goes on counting what `former` does.
 fn named_policy(
     registry: &Registry,
     name: &PolicyName,
-    policy: &config::Policy,
+    settings: &config::Policy,
     limiters: &mut Limiters,
     former: Option<&Policy>,
 ) -> Policy {
-    let cells = CellHasher::new(&registry.secret, &name.namespace, &name.policy);
+    let most = settings.limiter().map(|settings| settings.max_cells);
     let budget = registry.budgets.get(name).cloned();
-    let budget = budget.unwrap_or_else(|| Arc::new(Budget::new(policy.max_cells)));
-    let mut rules = |keys: Option<&Keys>, limits: &[LimitSettings], overflow| {
-        let limiters = limits.iter().enumerate().filter_map(|(index, settings)| {
-            let known = limiters.remove(&LimiterId::of(name, keys, index))?;
-            let almanac = settings.calendar.clone().map(Almanac::new);
-            Some(Arc::new(limiter(name, known, almanac, &budget, registry.keeps)))
-        });
-        Rules { limiters: limiters.collect::<ArrayVec<_, { limits::LIMITS }>>(), overflow }
-    };
-    let own = rules(None, &policy.limits, Some(cells.overflow(None)));
-    let mut overrides = Overrides::default();
-    for one in &policy.overrides {
-        match &one.keys {
-            Keys::Exactly(key) => {
-                let rules = rules(Some(&one.keys), &one.limits, None);
-                overrides.exact.insert(key.as_str().into(), rules);
-            }
-            Keys::Prefixed(prefix) => {
-                let overflow = cells.overflow(Some(prefix));
-                let rules = rules(Some(&one.keys), &one.limits, Some(overflow));
-                overrides.prefixes.push((prefix.as_str().into(), rules));
-            }
-        }
-    }
-    overrides.prefixes.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.len()));
     let named = || Arc::new(Names::new(Arc::clone(&registry.named)));
-    Policy {
+    // Keys that a policy of the other kind remembered go with it: nobody would look whether they are still needed.
+    let alike = former.filter(|former| former.breakers.is_none() == most.is_some());
+    let policy = Policy {
         namespace: Arc::clone(&name.namespace),
         name: Arc::clone(&name.policy),
-        rules: own,
-        overrides,
+        rules: Rules::default(),
+        overrides: Overrides::default(),
         breakers: None,
-        shadow: policy.shadow,
-        reserves: policy.reserves,
-        max_waiting: policy.max_waiting,
-        lease_time: policy.lease_time,
-        no_hits: envoy::has_no_hits(policy),
-        cells,
-        budget,
+        shadow: false,
+        reserves: Reserves::default(),
+        max_waiting: 0,
+        lease_time: limits::LEASE_TIME,
+        no_hits: envoy::has_no_hits(settings),
+        cells: CellHasher::new(&registry.secret, &name.namespace, &name.policy),
+        budget: budget.unwrap_or_else(|| Arc::new(Budget::new(most.unwrap_or(0)))),
         decisions: former.map(|former| Arc::clone(&former.decisions)).unwrap_or_default(),
         top_keys: former.map_or_else(
             || Arc::new(TopKeys::new(limits::TOP_KEYS)),
             |former| Arc::clone(&former.top_keys),
         ),
-        names: former.map_or_else(named, |former| Arc::clone(&former.names)),
+        names: alike.map_or_else(named, |former| Arc::clone(&former.names)),
+    };
+    match settings {
+        config::Policy::Limiter(settings) => {
+            let (rules, overrides) = rules(registry, name, settings, limiters, &policy);
+            Policy {
+                rules,
+                overrides,
+                shadow: settings.shadow,
+                reserves: settings.reserves,
+                max_waiting: settings.max_waiting,
+                lease_time: settings.lease_time,
+                ..policy
+            }
+        }
+        config::Policy::Breaker(settings) => {
+            Policy { breakers: Some(breakers(settings)), ..policy }
+        }
     }
+}
+
+/// What judges the keys of a policy by limits, which are counted in cells of `policy`.
+fn rules(
+    registry: &Registry,
+    name: &PolicyName,
+    settings: &LimiterPolicy,
+    limiters: &mut Limiters,
+    Policy { cells, budget, .. }: &Policy,
+) -> (Rules, Overrides) {
+    let mut rules = |keys: Option<&Keys>, limits: &[LimitSettings], overflow| {
+        let limiters = limits.iter().enumerate().filter_map(|(index, settings)| {
+            let known = limiters.remove(&LimiterId::of(name, keys, index))?;
+            let almanac = settings.calendar.clone().map(Almanac::new);
+            Some(Arc::new(limiter(name, known, almanac, budget, registry.keeps)))
+        });
+        Rules { limiters: limiters.collect::<ArrayVec<_, { limits::LIMITS }>>(), overflow }
+    };
+    let own = rules(None, &settings.limits, Some(cells.overflow(None)));
+    let mut overrides = Overrides::default();
+    for one in &settings.overrides {
+        match &one.keys {
+            Keys::Exactly(key) => {
+                let rules = rules(Some(&one.keys), &one.judge, None);
+                overrides.exact.insert(key.as_str().into(), rules);
+            }
+            Keys::Prefixed(prefix) => {
+                let overflow = cells.overflow(Some(prefix));
+                let rules = rules(Some(&one.keys), &one.judge, Some(overflow));
+                overrides.prefixes.push((prefix.as_str().into(), rules));
+            }
+        }
+    }
+    longest_first(&mut overrides.prefixes);
+    (own, overrides)
+}
+
+/// When the circuits of a policy open.
+fn breakers(settings: &BreakerPolicy) -> Breakers {
+    let mut breakers = Breakers {
+        own: Arc::new(settings.breaker.clone()),
+        exact: hashbrown::HashMap::new(),
+        prefixes: Vec::new(),
+        most: settings.max_circuits,
+    };
+    for Override { keys, judge } in &settings.overrides {
+        let breaker = Arc::new(judge.clone());
+        match keys {
+            Keys::Exactly(key) => drop(breakers.exact.insert(key.as_str().into(), breaker)),
+            Keys::Prefixed(prefix) => breakers.prefixes.push((prefix.as_str().into(), breaker)),
+        }
+    }
+    longest_first(&mut breakers.prefixes);
+    breakers
+}
+
+fn longest_first<T>(prefixes: &mut [(Box<str>, T)]) {
+    prefixes.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.len()));
 }
 
 fn limiter(

@@ -108,6 +108,10 @@ impl<'de> Visitor<'de> for Reader {
         Ok(Written::One(value.to_string()))
     }
 
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Written, E> {
+        Ok(Written::One(value.to_string()))
+    }
+
     fn visit_str<E: Error>(self, value: &str) -> Result<Written, E> {
         Ok(Written::One(value.to_owned()))
     }
@@ -152,6 +156,31 @@ mod tests {
             .collect();
         assert_eq!(different, [("shadow", "true", ""), ("token_bucket.limit", "5", "7")]);
         assert_eq!(difference(Some(&after), Some(&after)), []);
+    }
+
+    #[test]
+    fn what_is_different_of_a_breaker_is_told_by_field() {
+        let before = policy("{breaker: {backoff: {factor: 1.5}, ramp: {steps: []}}}");
+        let after = policy(
+            "{breaker: {half_open: {probes: 1}, ramp: {steps: [50%]}}, max_cells: 9,
+              overrides: [{key: vip, breaker: {count: 5}}]}",
+        );
+        let different = difference(Some(&before), Some(&after));
+        let of = |field: &str| {
+            let found = different.iter().find(|one| one.field == field);
+            found.map(|one| (one.before.as_str(), one.after.as_str()))
+        };
+        assert_eq!(of("breaker.half_open.probes"), Some(("3", "1")));
+        assert_eq!(of("breaker.half_open.max_in_flight"), Some(("3", "1")));
+        assert_eq!(of("breaker.backoff.factor"), Some(("1.5", "2")));
+        assert_eq!(of("breaker.ramp.steps[0]"), Some(("", "50%")));
+        assert_eq!(of("max_cells"), Some(("10000", "9")));
+        assert_eq!(of("overrides[0].breaker.count"), Some(("", "5")));
+        assert_eq!(of("breaker.min_calls"), None);
+        let limiter = policy("{token_bucket: {limit: 5, per: 1s}}");
+        let different = difference(Some(&limiter), Some(&after));
+        assert!(different.iter().any(|one| one.field == "token_bucket.limit"));
+        assert!(different.iter().any(|one| one.field == "breaker.window"));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use http::HeaderName;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 pub use self::files::RulesError;
-use super::{Durability, LimitSettings, Name, Namespaces, Policy};
+use super::{Durability, LimitSettings, LimiterPolicy, Name, Namespaces, Policy};
 
 /// The namespace of the policies that rules are.
 pub const NAMESPACE: &str = "envoy";
@@ -341,9 +341,8 @@ impl EnvoyRatelimit {
             Algorithm::TokenBucket => Limit::TokenBucket(TokenBucket::new(limit, per, limit).ok()?),
             Algorithm::SlidingWindow => Limit::SlidingWindow(SlidingWindow::new(limit, per).ok()?),
         };
-        let mut policy = Policy::new(vec![LimitSettings { limit, calendar: None }]);
-        (policy.durability, policy.shadow) = (self.durability, shadow);
-        Some(policy)
+        let policy = LimiterPolicy::new(vec![LimitSettings { limit, calendar: None }]);
+        Some(Policy::Limiter(LimiterPolicy { durability: self.durability, shadow, ..policy }))
     }
 }
 
@@ -353,7 +352,8 @@ pub const ONLY_RATES: &str = "only rates and windows can judge what passes a pro
 /// What a policy counts that is no hits.
 #[must_use]
 pub fn has_no_hits(policy: &Policy) -> Option<&'static str> {
-    let of_overrides = policy.overrides.iter().flat_map(|other| &other.limits);
+    let Policy::Limiter(policy) = policy else { return Some("failures") };
+    let of_overrides = policy.overrides.iter().flat_map(|other| &other.judge);
     let mut limits = policy.limits.iter().chain(of_overrides);
     limits.find_map(|settings| counts_no_hits(&settings.limit))
 }

@@ -3,11 +3,12 @@
 use std::{collections::HashSet, fmt, str::FromStr, time::Duration};
 
 use fusebox_core::{
-    Concurrency, Kind, Limit, RetryBudget, SlidingWindow, TokenBucket, WindowLimit, window::Period,
+    Concurrency, Kind, Limit, RetryBudget, SlidingWindow, TokenBucket, WindowLimit,
+    circuit::Breaker, window::Period,
 };
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use serde::{Deserialize, Serialize};
 
-use super::{Durability, duration};
+use super::{Durability, breaker::BreakerFields, duration, hundredths::Percent};
 use crate::{
     calendar::{Calendar, Every},
     catalogue::Reserves,
@@ -26,11 +27,20 @@ pub(crate) const DEFAULT_MIN_PER_SECOND: u32 = 10;
 /// A policy as an operator writes it, its defaults filled in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "PolicyFields", into = "PolicyFields")]
-pub struct Policy {
+pub enum Policy {
+    /// It limits calls.
+    Limiter(LimiterPolicy),
+    /// It has circuits, which calls go through.
+    Breaker(BreakerPolicy),
+}
+
+/// A policy that limits calls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimiterPolicy {
     /// What judges keys that no override names: 1 to 4 limits.
     pub limits: Vec<LimitSettings>,
-    /// What judges others.
-    pub overrides: Vec<Override>,
+    /// What judges others: as many.
+    pub overrides: Vec<Override<Vec<LimitSettings>>>,
     /// It only watches.
     pub shadow: bool,
     /// What is kept from callers of a lower priority.
@@ -47,6 +57,38 @@ pub struct Policy {
     pub max_waiting: usize,
 }
 
+/// A policy that has circuits, one for each key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BreakerPolicy {
+    /// What judges keys that no override names.
+    pub breaker: Breaker,
+    /// What judges others.
+    pub overrides: Vec<Override<Breaker>>,
+    /// Most circuits.
+    pub max_circuits: usize,
+}
+
+/// What judges some keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Judge {
+    /// Limits, 1 to 4.
+    Limits(Vec<LimitSettings>),
+    /// A breaker.
+    Breaker(Breaker),
+}
+
+/// What an operator says of a policy besides its judges; what is left out has its default.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Besides {
+    pub(crate) shadow: bool,
+    pub(crate) reserves: Option<Reserves>,
+    pub(crate) durability: Option<Durability>,
+    pub(crate) max_cells: Option<usize>,
+    pub(crate) max_debt: Option<u64>,
+    pub(crate) lease_time: Option<Duration>,
+    pub(crate) max_waiting: Option<usize>,
+}
+
 /// One limit, and the calendar that its windows are counted in, if they are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LimitSettings {
@@ -56,13 +98,13 @@ pub struct LimitSettings {
     pub calendar: Option<Calendar>,
 }
 
-/// Limits of some keys.
+/// Another judge of some keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Override {
+pub struct Override<J> {
     /// Which.
     pub keys: Keys,
-    /// Their limits, 1 to 4.
-    pub limits: Vec<LimitSettings>,
+    /// What judges them.
+    pub judge: J,
 }
 
 /// Which keys something is about.
@@ -75,18 +117,64 @@ pub enum Keys {
 }
 
 impl Policy {
+    /// A policy of these judges, and of what is said besides.
+    ///
+    /// # Errors
+    /// If something is out of its range, or does not go together; the message names the field.
+    pub(crate) fn new(
+        own: Judge,
+        overrides: Vec<Override<Judge>>,
+        besides: Besides,
+    ) -> Result<Self, String> {
+        match own {
+            Judge::Limits(limits) => {
+                let overrides = alike(overrides, Judge::limits)?;
+                let policy = LimiterPolicy { overrides, ..LimiterPolicy::of(limits, besides) };
+                policy.check()?;
+                Ok(Self::Limiter(policy))
+            }
+            Judge::Breaker(breaker) => {
+                besides.check_of_breaker()?;
+                let overrides = alike(overrides, Judge::breaker)?;
+                let max_circuits = besides.max_cells.unwrap_or(limits::POLICY_CIRCUITS);
+                let policy = BreakerPolicy { breaker, overrides, max_circuits };
+                policy.check()?;
+                Ok(Self::Breaker(policy))
+            }
+        }
+    }
+
+    /// What it limits by; `None` of a breaker.
+    #[must_use]
+    pub fn limiter(&self) -> Option<&LimiterPolicy> {
+        match self {
+            Self::Limiter(policy) => Some(policy),
+            Self::Breaker(_) => None,
+        }
+    }
+}
+
+impl LimiterPolicy {
     /// A policy of these limits, and the defaults of all else.
+    #[must_use]
     pub fn new(limits: Vec<LimitSettings>) -> Self {
+        Self::of(limits, Besides::default())
+    }
+
+    /// A policy of these limits without overrides.
+    fn of(limits: Vec<LimitSettings>, besides: Besides) -> Self {
+        let Besides { shadow, reserves, durability, max_cells, max_debt, lease_time, max_waiting } =
+            besides;
         Self {
             limits,
             overrides: Vec::new(),
-            shadow: false,
-            reserves: Reserves::default(),
-            durability: None,
-            max_cells: limits::POLICY_CELLS,
-            max_debt: None,
-            lease_time: limits::LEASE_TIME,
-            max_waiting: limits::WAITING_AT_KEY,
+            shadow,
+            reserves: reserves.unwrap_or_default(),
+            durability,
+            max_cells: max_cells.unwrap_or(limits::POLICY_CELLS),
+            max_debt,
+            lease_time: lease_time.unwrap_or(limits::LEASE_TIME),
+            max_waiting: max_waiting.unwrap_or(limits::WAITING_AT_KEY),
         }
     }
 
@@ -96,10 +184,7 @@ impl Policy {
     }
 
     /// What is wrong with the settings together.
-    ///
-    /// # Errors
-    /// If something is; the message names the field.
-    pub fn check(&self) -> Result<(), String> {
+    fn check(&self) -> Result<(), String> {
         if self.max_debt.is_some_and(|debt| debt > limits::TOKENS) {
             return Err("`max_debt` is above 10^12".into());
         }
@@ -121,29 +206,102 @@ impl Policy {
         if u32::from(critical_basis_points) + u32::from(normal_basis_points) > 10_000 {
             return Err("`reserves` are above 100% together".into());
         }
-        self.check_overrides()
+        check_keys(&self.overrides)
+    }
+}
+
+impl BreakerPolicy {
+    /// What is wrong with the settings together.
+    fn check(&self) -> Result<(), String> {
+        if !(1..=limits::CIRCUITS).contains(&self.max_circuits) {
+            let (count, most) = (self.max_circuits, limits::CIRCUITS);
+            return Err(format!("`max_cells` is {count}, outside 1 to {most} of a breaker"));
+        }
+        check_keys(&self.overrides)
+    }
+}
+
+impl Besides {
+    /// Refuses what only limiters have, and says why breakers do not.
+    fn check_of_breaker(&self) -> Result<(), String> {
+        let refused = [
+            (
+                self.shadow,
+                "shadow",
+                "circuits have the mode METRICS_ONLY for that, set by SetCircuitMode",
+            ),
+            (
+                self.reserves.is_some(),
+                "reserves",
+                "a circuit has nothing that callers could use up, so nothing is kept for any",
+            ),
+            (self.durability.is_some(), "durability", "transitions are always durable"),
+            (self.max_debt.is_some(), "max_debt", "a circuit charges nothing, so nobody owes it"),
+            (
+                self.lease_time.is_some(),
+                "lease_time",
+                "a circuit is not leased: each client has a breaker of its own",
+            ),
+            (
+                self.max_waiting.is_some(),
+                "max_waiting",
+                "nobody waits for a circuit: who is refused is told so at once",
+            ),
+        ];
+        match refused.into_iter().find(|(said, ..)| *said) {
+            Some((_, field, why)) => Err(format!("`{field}` beside a breaker: {why}")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Judge {
+    fn limits(self) -> Result<Vec<LimitSettings>, &'static str> {
+        match self {
+            Self::Limits(limits) => Ok(limits),
+            Self::Breaker(_) => Err("a breaker, and the policy is a limiter"),
+        }
     }
 
-    fn check_overrides(&self) -> Result<(), String> {
-        let overrides = &self.overrides;
-        let prefixes = overrides.iter().filter(|one| matches!(one.keys, Keys::Prefixed(_))).count();
-        if overrides.len() > limits::OVERRIDES || prefixes > limits::PREFIXES {
-            let (most, of_those) = (limits::OVERRIDES, limits::PREFIXES);
-            return Err(format!("`overrides`: at most {most}, and {of_those} of them by prefix"));
+    fn breaker(self) -> Result<Breaker, &'static str> {
+        match self {
+            Self::Breaker(breaker) => Ok(breaker),
+            Self::Limits(_) => Err("a limiter, and the policy is a breaker"),
         }
-        let mut seen = HashSet::new();
-        for one in overrides {
-            let (Keys::Exactly(text) | Keys::Prefixed(text)) = &one.keys;
-            if text.len() > limits::KEY_BYTES {
-                let most = limits::KEY_BYTES;
-                return Err(format!("`overrides`: {} is longer than {most} bytes", one.keys));
-            }
-            if !seen.insert(&one.keys) {
-                return Err(format!("`overrides`: {} is there twice", one.keys));
-            }
-        }
-        Ok(())
     }
+}
+
+/// Overrides whose judges are all of one kind, which `of` takes.
+fn alike<J>(
+    overrides: Vec<Override<Judge>>,
+    of: impl Fn(Judge) -> Result<J, &'static str>,
+) -> Result<Vec<Override<J>>, String> {
+    let alike = overrides.into_iter().map(|Override { keys, judge }| match of(judge) {
+        Ok(judge) => Ok(Override { keys, judge }),
+        Err(other) => Err(format!("`overrides`: {keys}: {other}; both must be the same")),
+    });
+    alike.collect()
+}
+
+/// Refuses overrides that are too many, or whose keys are no keys or not their own.
+fn check_keys<J>(overrides: &[Override<J>]) -> Result<(), String> {
+    let prefixes = overrides.iter().filter(|one| matches!(one.keys, Keys::Prefixed(_))).count();
+    if overrides.len() > limits::OVERRIDES || prefixes > limits::PREFIXES {
+        let (most, of_those) = (limits::OVERRIDES, limits::PREFIXES);
+        return Err(format!("`overrides`: at most {most}, and {of_those} of them by prefix"));
+    }
+    let mut seen = HashSet::new();
+    for one in overrides {
+        let (Keys::Exactly(text) | Keys::Prefixed(text)) = &one.keys;
+        if text.len() > limits::KEY_BYTES {
+            let most = limits::KEY_BYTES;
+            return Err(format!("`overrides`: {} is longer than {most} bytes", one.keys));
+        }
+        if !seen.insert(&one.keys) {
+            return Err(format!("`overrides`: {} is there twice", one.keys));
+        }
+    }
+    Ok(())
 }
 
 impl fmt::Display for Policy {
@@ -256,6 +414,8 @@ struct Kinds {
 with_kinds! {
     struct PolicyFields {} and {
         #[serde(skip_serializing_if = "Option::is_none")]
+        breaker: Option<BreakerFields>,
+        #[serde(skip_serializing_if = "Option::is_none")]
         limits: Option<Vec<LimitFields>>,
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         shadow: bool,
@@ -268,8 +428,9 @@ with_kinds! {
         max_cells: Option<usize>,
         #[serde(skip_serializing_if = "Option::is_none")]
         max_debt: Option<u64>,
-        #[serde(default, with = "duration::optional")]
+        #[serde(default, with = "duration::optional", skip_serializing_if = "Option::is_none")]
         lease_time: Option<Duration>,
+        #[serde(skip_serializing_if = "Option::is_none")]
         max_waiting: Option<usize>,
     }
 }
@@ -285,6 +446,8 @@ with_kinds! {
         #[serde(skip_serializing_if = "Option::is_none")]
         prefix: Option<String>,
     } and {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        breaker: Option<BreakerFields>,
         #[serde(skip_serializing_if = "Option::is_none")]
         limits: Option<Vec<LimitFields>>,
     }
@@ -360,40 +523,6 @@ const fn default_min_per_second() -> u32 {
     DEFAULT_MIN_PER_SECOND
 }
 
-/// A share, in basis points: 10,000 is all. Written as `20%` or `12.5%`.
-#[derive(Clone, Copy, Default, PartialEq)]
-struct Percent(u16);
-
-impl Serialize for Percent {
-    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        match (self.0 / 100, self.0 % 100) {
-            (whole, 0) => s.collect_str(&format_args!("{whole}%")),
-            (whole, part) => s.collect_str(&format_args!("{whole}.{part:02}%")),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Percent {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(d)?;
-        let parse = || {
-            let (whole, part) = text
-                .strip_suffix('%')
-                .map(|number| number.trim().split_once('.').unwrap_or((number.trim(), "")))?;
-            let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-            if whole.is_empty() || !digits(whole) || !digits(part) || part.len() > 2 {
-                return None;
-            }
-            let part = format!("{part:0<2}").parse::<u16>().ok()?;
-            let basis_points = whole.parse::<u16>().ok()?.checked_mul(100)?.checked_add(part)?;
-            (basis_points <= 10_000).then_some(Self(basis_points))
-        };
-        parse().ok_or_else(|| {
-            D::Error::custom(format!("`{text}` is not a share of 0% to 100%, such as 20% or 12.5%"))
-        })
-    }
-}
-
 impl Kinds {
     /// The one limit that is there, and why it is none if it is not.
     fn only(self) -> Result<Option<LimitSettings>, String> {
@@ -466,7 +595,25 @@ impl RetryBudgetFields {
     }
 }
 
-/// The limits of a policy or an override, written as one or as a list.
+/// What judges the keys of a policy or an override: a breaker, or limits, written as one or as a list.
+fn judge_of(
+    one: Option<LimitSettings>,
+    list: Option<Vec<LimitFields>>,
+    breaker: Option<BreakerFields>,
+) -> Result<Judge, String> {
+    match breaker {
+        None => limits_of(one, list).map(Judge::Limits),
+        Some(_) if one.is_some() || list.is_some() => {
+            Err("`breaker` beside a limiter: a policy is one of both".into())
+        }
+        Some(fields) => {
+            let breaker = fields.breaker().map_err(|error| format!("`breaker`: {error}"))?;
+            Ok(Judge::Breaker(breaker))
+        }
+    }
+}
+
+/// Limits, written as one or as a list.
 fn limits_of(
     one: Option<LimitSettings>,
     list: Option<Vec<LimitFields>>,
@@ -478,7 +625,9 @@ fn limits_of(
         (None, Some(list)) => list,
         (Some(_), Some(_)) => return Err("`limits` beside a limiter: write one of both".into()),
         (None, None) => {
-            return Err(format!("a policy needs its limiter, one of {KINDS}; or `limits`"));
+            return Err(format!(
+                "a policy needs its limiter, one of {KINDS}; or `limits`, or `breaker`"
+            ));
         }
     };
     if limits.is_empty() || limits.len() > limits::LIMITS {
@@ -499,29 +648,25 @@ impl TryFrom<PolicyFields> for Policy {
     type Error = String;
 
     fn try_from(mut fields: PolicyFields) -> Result<Self, String> {
-        let limits = limits_of(fields.kinds().only()?, fields.limits)?;
-        let mut policy = Self::new(limits);
-        policy.shadow = fields.shadow;
-        policy.durability = fields.durability;
-        policy.max_debt = fields.max_debt;
-        if let Some(reserves) = fields.reserves {
-            policy.reserves = Reserves {
+        let own = judge_of(fields.kinds().only()?, fields.limits, fields.breaker)?;
+        let overrides = fields.overrides.into_iter().map(Override::try_from);
+        let besides = Besides {
+            shadow: fields.shadow,
+            reserves: fields.reserves.map(|reserves| Reserves {
                 critical_basis_points: reserves.critical.0,
                 normal_basis_points: reserves.normal.0,
-            };
-        }
-        policy.max_cells = fields.max_cells.unwrap_or(policy.max_cells);
-        policy.lease_time = fields.lease_time.unwrap_or(policy.lease_time);
-        policy.max_waiting = fields.max_waiting.unwrap_or(policy.max_waiting);
-        for one in fields.overrides {
-            policy.overrides.push(one.try_into()?);
-        }
-        policy.check()?;
-        Ok(policy)
+            }),
+            durability: fields.durability,
+            max_cells: fields.max_cells,
+            max_debt: fields.max_debt,
+            lease_time: fields.lease_time,
+            max_waiting: fields.max_waiting,
+        };
+        Self::new(own, overrides.collect::<Result<_, _>>()?, besides)
     }
 }
 
-impl TryFrom<OverrideFields> for Override {
+impl TryFrom<OverrideFields> for Override<Judge> {
     type Error = String;
 
     fn try_from(mut fields: OverrideFields) -> Result<Self, String> {
@@ -530,9 +675,10 @@ impl TryFrom<OverrideFields> for Override {
             (None, Some(prefix)) => Keys::Prefixed(prefix),
             _ => return Err("`overrides`: an entry needs either a `key` or a `prefix`".into()),
         };
-        let limits = fields.kinds().only().and_then(|one| limits_of(one, fields.limits));
-        let limits = limits.map_err(|error| format!("`overrides`: {keys}: {error}"))?;
-        Ok(Self { keys, limits })
+        let one = fields.kinds().only();
+        let judge = one.and_then(|one| judge_of(one, fields.limits, fields.breaker));
+        let judge = judge.map_err(|error| format!("`overrides`: {keys}: {error}"))?;
+        Ok(Self { keys, judge })
     }
 }
 
@@ -590,6 +736,20 @@ fn written(limits: &[LimitSettings]) -> (Kinds, Option<Vec<LimitFields>>) {
 
 impl From<Policy> for PolicyFields {
     fn from(policy: Policy) -> Self {
+        match policy {
+            Policy::Limiter(policy) => (&policy).into(),
+            Policy::Breaker(BreakerPolicy { breaker, overrides, max_circuits }) => Self {
+                breaker: Some((&breaker).into()),
+                overrides: overrides.iter().map(OverrideFields::from).collect(),
+                max_cells: Some(max_circuits),
+                ..Self::default()
+            },
+        }
+    }
+}
+
+impl From<&LimiterPolicy> for PolicyFields {
+    fn from(policy: &LimiterPolicy) -> Self {
         let (kinds, limits) = written(&policy.limits);
         let reserves = ReservesFields {
             critical: Percent(policy.reserves.critical_basis_points),
@@ -611,13 +771,26 @@ impl From<Policy> for PolicyFields {
     }
 }
 
-impl From<&Override> for OverrideFields {
-    fn from(one: &Override) -> Self {
-        let (kinds, limits) = written(&one.limits);
-        let (key, prefix) = match one.keys.clone() {
+impl From<&Override<Vec<LimitSettings>>> for OverrideFields {
+    fn from(one: &Override<Vec<LimitSettings>>) -> Self {
+        let (kinds, limits) = written(&one.judge);
+        Self { limits, ..Self::of(&one.keys) }.with(kinds)
+    }
+}
+
+impl From<&Override<Breaker>> for OverrideFields {
+    fn from(one: &Override<Breaker>) -> Self {
+        Self { breaker: Some((&one.judge).into()), ..Self::of(&one.keys) }
+    }
+}
+
+impl OverrideFields {
+    /// Of these keys, without a judge.
+    fn of(keys: &Keys) -> Self {
+        let (key, prefix) = match keys.clone() {
             Keys::Exactly(key) => (Some(key), None),
             Keys::Prefixed(prefix) => (None, Some(prefix)),
         };
-        Self { key, prefix, limits, ..Self::default() }.with(kinds)
+        Self { key, prefix, ..Self::default() }
     }
 }

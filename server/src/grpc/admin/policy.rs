@@ -2,21 +2,27 @@
 
 use std::{fmt, time::Duration};
 
-use fusebox_core::{Concurrency, Limit, RetryBudget, SlidingWindow, TokenBucket, WindowLimit};
+use fusebox_core::{
+    Concurrency, Limit, RetryBudget, SlidingWindow, TokenBucket, WindowLimit,
+    circuit::{Breaker, Settings, Share, WindowSettings},
+};
 use fusebox_proto::v1::{self, CalendarUnit, limit, policy, policy_override};
 
 use crate::{
     calendar::{Calendar, Every},
     catalogue::Reserves,
     config::{
-        DEFAULT_MIN_PER_SECOND, DEFAULT_RATIO_BASIS_POINTS, DEFAULT_TIME_ZONE, DEFAULT_TTL,
-        Durability, Keys, LimitSettings, Override, Policy,
+        BackoffFields, Besides, BreakerFields, BreakerPolicy, DEFAULT_MIN_PER_SECOND,
+        DEFAULT_RATIO_BASIS_POINTS, DEFAULT_SLOW_RATE, DEFAULT_TIME_ZONE, DEFAULT_TTL, Durability,
+        Factor, HalfOpenFields, Judge, Keys, LimitSettings, LimiterPolicy, Override, Percent,
+        Policy, RampFields, SlowCallFields,
     },
     grpc::{respond::duration, status::Refusal},
     limits,
 };
 
-/// Every kind of limiter that a message may have in one of its places.
+/// Every kind of judge that a message may have in one of its places.
+#[allow(clippy::large_enum_variant)] // as the messages, one at a time
 enum Kind {
     TokenBucket(v1::TokenBucket),
     SlidingWindow(v1::SlidingWindow),
@@ -61,7 +67,7 @@ places! {
 pub(super) fn settings(refusal: &mut Refusal, message: &v1::Policy) -> Option<Policy> {
     let path = "policy";
     refusal.unsupported(message.on_unreachable != 0, || format!("{path}.on_unreachable"));
-    let limits = limits_of(refusal, path, message.kind.clone().map(Kind::from));
+    let own = judge_of(refusal, path, message.kind.clone().map(Kind::from));
     let durability = match v1::Durability::try_from(message.durability) {
         Ok(v1::Durability::Unspecified) => None,
         Ok(v1::Durability::Strict) => Some(Durability::Strict),
@@ -79,33 +85,43 @@ pub(super) fn settings(refusal: &mut Refusal, message: &v1::Policy) -> Option<Po
         }
         overrides.extend(override_of(refusal, &format!("{path}.overrides[{index}]"), message));
     }
-    let mut policy = Policy::new(limits?);
-    policy.overrides = overrides;
-    policy.shadow = message.shadow;
-    policy.durability = durability;
-    policy.max_debt = message.max_debt;
     let count = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
-    policy.max_cells = message.max_cells.map_or(policy.max_cells, count);
-    policy.max_waiting = message.max_waiting.map_or(policy.max_waiting, |most| count(most.into()));
-    policy.lease_time = lease_time.unwrap_or(policy.lease_time);
-    if let Some(reserves) = &message.reserves {
-        let share = |basis_points| u16::try_from(basis_points).unwrap_or(u16::MAX);
-        policy.reserves = Reserves {
+    let share = |basis_points| u16::try_from(basis_points).unwrap_or(u16::MAX);
+    let besides = Besides {
+        shadow: message.shadow,
+        reserves: message.reserves.map(|reserves| Reserves {
             critical_basis_points: share(reserves.critical_basis_points),
             normal_basis_points: share(reserves.normal_basis_points),
-        };
-    }
-    policy.check().map_err(|message| wrong(refusal, path, message)).ok()?;
-    Some(policy)
+        }),
+        durability,
+        max_cells: message.max_cells.map(count),
+        max_debt: message.max_debt,
+        lease_time,
+        max_waiting: message.max_waiting.map(|most| count(most.into())),
+    };
+    let policy = Policy::new(own?, overrides, besides);
+    policy.map_err(|message| wrong(refusal, path, &message)).ok()
 }
 
 /// The message that says those settings: put again, it changes nothing.
 pub(super) fn message(policy: &Policy) -> v1::Policy {
+    match policy {
+        Policy::Limiter(policy) => limiter_message(policy),
+        Policy::Breaker(BreakerPolicy { breaker, overrides, max_circuits }) => v1::Policy {
+            kind: breaker_message(breaker).of_policy(),
+            overrides: override_messages(overrides, breaker_message),
+            max_cells: Some(*max_circuits as u64),
+            ..v1::Policy::default()
+        },
+    }
+}
+
+fn limiter_message(policy: &LimiterPolicy) -> v1::Policy {
     let reserves = policy.reserves;
     v1::Policy {
         kind: kind_of(&policy.limits).of_policy(),
         shadow: policy.shadow,
-        overrides: policy.overrides.iter().map(override_message).collect(),
+        overrides: override_messages(&policy.overrides, |limits| kind_of(limits)),
         reserves: (reserves != Reserves::default()).then(|| v1::Reserves {
             critical_basis_points: reserves.critical_basis_points.into(),
             normal_basis_points: reserves.normal_basis_points.into(),
@@ -131,9 +147,9 @@ fn override_of(
     refusal: &mut Refusal,
     path: &str,
     message: &v1::PolicyOverride,
-) -> Option<Override> {
+) -> Option<Override<Judge>> {
     use policy_override::Selector;
-    let limits = limits_of(refusal, path, message.kind.clone().map(Kind::from));
+    let judge = judge_of(refusal, path, message.kind.clone().map(Kind::from));
     let keys = match &message.selector {
         Some(Selector::Key(key)) => Keys::Exactly(key.clone()),
         Some(Selector::Prefix(prefix)) if prefix.is_empty() => {
@@ -147,32 +163,47 @@ fn override_of(
             return None;
         }
     };
-    Some(Override { keys, limits: limits? })
+    Some(Override { keys, judge: judge? })
 }
 
-fn override_message(one: &Override) -> v1::PolicyOverride {
+fn override_messages<J>(
+    overrides: &[Override<J>],
+    kind: impl Fn(&J) -> Kind,
+) -> Vec<v1::PolicyOverride> {
     use policy_override::Selector;
-    let selector = match &one.keys {
-        Keys::Exactly(key) => Selector::Key(key.clone()),
-        Keys::Prefixed(prefix) => Selector::Prefix(prefix.clone()),
+    let message = |Override { keys, judge }: &Override<J>| {
+        let selector = match keys {
+            Keys::Exactly(key) => Selector::Key(key.clone()),
+            Keys::Prefixed(prefix) => Selector::Prefix(prefix.clone()),
+        };
+        v1::PolicyOverride { selector: Some(selector), kind: kind(judge).of_override() }
     };
-    v1::PolicyOverride { selector: Some(selector), kind: kind_of(&one.limits).of_override() }
+    overrides.iter().map(message).collect()
 }
 
-/// The limits of a policy or an override: one, or those of a list.
-fn limits_of(refusal: &mut Refusal, path: &str, kind: Option<Kind>) -> Option<Vec<LimitSettings>> {
-    let list = match kind {
-        Some(Kind::Limits(v1::Limits { limits })) => limits,
-        Some(Kind::Breaker(_)) => {
-            refusal.unsupported(true, || format!("{path}.breaker"));
-            return None;
+/// What judges the keys of a policy or an override.
+fn judge_of(refusal: &mut Refusal, path: &str, kind: Option<Kind>) -> Option<Judge> {
+    match kind {
+        Some(Kind::Breaker(message)) => {
+            breaker_of(refusal, &format!("{path}.breaker"), message).map(Judge::Breaker)
         }
-        Some(one) => return Some(vec![limit_of(refusal, path, one)?]),
+        Some(Kind::Limits(v1::Limits { limits })) => {
+            limits_of(refusal, path, limits).map(Judge::Limits)
+        }
+        Some(one) => Some(Judge::Limits(vec![limit_of(refusal, path, one)?])),
         None => {
-            refusal.violation(path, "a limiter is needed, such as `token_bucket`");
-            return None;
+            refusal.violation(path, "a limiter is needed, such as `token_bucket`, or a `breaker`");
+            None
         }
-    };
+    }
+}
+
+/// The limits of a list.
+fn limits_of(
+    refusal: &mut Refusal,
+    path: &str,
+    list: Vec<v1::Limit>,
+) -> Option<Vec<LimitSettings>> {
     let path = format!("{path}.limits.limits");
     if list.is_empty() || list.len() > limits::LIMITS {
         let (count, most) = (list.len(), limits::LIMITS);
@@ -297,7 +328,79 @@ fn limit_message(LimitSettings { limit, calendar }: &LimitSettings) -> Kind {
     }
 }
 
-/// The fields of one limiter, and what is wrong with them.
+/// A breaker, by way of what a configuration file says of one.
+fn breaker_of(refusal: &mut Refusal, path: &str, message: v1::Breaker) -> Option<Breaker> {
+    let mut fields = Fields { refusal, path: path.to_owned() };
+    let backoff = message.backoff.unwrap_or_default();
+    let half_open = message.half_open.unwrap_or_default();
+    let said = BreakerFields {
+        window: fields.time("window", message.window),
+        count: message.count,
+        consecutive_failures: message.consecutive_failures,
+        failure_rate: fields.share("failure_rate_basis_points", message.failure_rate_basis_points),
+        slow_call: message.slow_call.and_then(|slow| fields.slow_call(slow)),
+        min_calls: message.min_calls,
+        open_for: fields.time("open_for", message.open_for),
+        backoff: BackoffFields {
+            // What is above is out of its range, too.
+            factor: backoff
+                .factor_hundredths
+                .map(|factor| Factor(u16::try_from(factor).unwrap_or(u16::MAX))),
+            max: fields.time("backoff.max", backoff.max),
+            jitter: fields.share("backoff.jitter_basis_points", backoff.jitter_basis_points),
+        },
+        half_open: HalfOpenFields {
+            probes: half_open.probes,
+            max_in_flight: half_open.max_in_flight,
+            probe_timeout: fields.time("half_open.probe_timeout", half_open.probe_timeout),
+            max_duration: fields.time("half_open.max_duration", half_open.max_duration),
+        },
+        ramp: message.ramp.map(|ramp| fields.ramp(ramp)).unwrap_or_default(),
+        min_reporters: message.min_reporters,
+    };
+    let breaker = said.breaker();
+    breaker.map_err(|message| wrong(fields.refusal, path, &message)).ok()
+}
+
+fn breaker_message(breaker: &Breaker) -> Kind {
+    let Settings { window, slow_call, open_for, half_open, ramp, .. } = &**breaker;
+    let (window, count, consecutive_failures) = match *window {
+        WindowSettings::Time(time) => (Some(duration(time)), None, None),
+        WindowSettings::Calls(count) => (None, Some(count), None),
+        WindowSettings::Consecutive(count) => (None, None, Some(count)),
+    };
+    let basis_points = |share: Share| Some(u32::from(share.basis_points()));
+    Kind::Breaker(v1::Breaker {
+        window,
+        count,
+        consecutive_failures,
+        failure_rate_basis_points: basis_points(breaker.failure_rate),
+        slow_call: slow_call.map(|slow| v1::SlowCall {
+            over: Some(duration(slow.over)),
+            rate_basis_points: basis_points(slow.rate),
+        }),
+        min_calls: Some(breaker.min_calls),
+        open_for: Some(duration(open_for.first)),
+        backoff: Some(v1::Backoff {
+            factor_hundredths: Some(open_for.factor_hundredths.into()),
+            max: Some(duration(open_for.max)),
+            jitter_basis_points: basis_points(open_for.jitter),
+        }),
+        half_open: Some(v1::HalfOpen {
+            probes: Some(half_open.probes),
+            max_in_flight: Some(half_open.max_in_flight),
+            probe_timeout: Some(duration(half_open.probe_timeout)),
+            max_duration: Some(duration(half_open.max_duration)),
+        }),
+        ramp: Some(v1::Ramp {
+            steps_basis_points: ramp.steps.iter().map(|step| step.basis_points().into()).collect(),
+            each: Some(duration(ramp.each)),
+        }),
+        min_reporters: Some(breaker.min_reporters),
+    })
+}
+
+/// The fields of one limiter or breaker, and what is wrong with them.
 struct Fields<'a> {
     refusal: &'a mut Refusal,
     path: String,
@@ -315,16 +418,48 @@ impl Fields<'_> {
         if per.is_none() {
             self.wrong("per", "required: the period, such as `60s`");
         }
-        let path = &self.path;
-        optional(self.refusal, || format!("{path}.per"), per)
+        self.time("per", per)
     }
 
     fn ttl(&mut self, ttl: Option<prost_types::Duration>) -> Option<Duration> {
         if ttl.is_none() {
             return Some(DEFAULT_TTL);
         }
+        self.time("ttl", ttl)
+    }
+
+    /// A length of time that may be left out.
+    fn time(&mut self, field: &str, time: Option<prost_types::Duration>) -> Option<Duration> {
         let path = &self.path;
-        optional(self.refusal, || format!("{path}.ttl"), ttl)
+        optional(self.refusal, || format!("{path}.{field}"), time)
+    }
+
+    /// A share that may be left out.
+    fn share(&mut self, field: &str, basis_points: Option<u32>) -> Option<Percent> {
+        let basis_points = basis_points?;
+        let share = u16::try_from(basis_points).ok().and_then(Share::new);
+        if share.is_none() {
+            let message = format!("{basis_points} basis points; at most 10,000, which are all");
+            self.wrong(field, message);
+        }
+        share.map(Percent::from)
+    }
+
+    fn slow_call(&mut self, slow_call: v1::SlowCall) -> Option<SlowCallFields> {
+        let v1::SlowCall { over, rate_basis_points } = slow_call;
+        if over.is_none() {
+            self.wrong("slow_call.over", "required: how long a call may take, such as `2s`");
+        }
+        let over = self.time("slow_call.over", over);
+        let rate = self.share("slow_call.rate_basis_points", rate_basis_points);
+        Some(SlowCallFields { over: over?, rate: rate.unwrap_or(DEFAULT_SLOW_RATE) })
+    }
+
+    fn ramp(&mut self, v1::Ramp { steps_basis_points, each }: v1::Ramp) -> RampFields {
+        let steps = steps_basis_points.into_iter().enumerate().filter_map(|(index, step)| {
+            self.share(&format!("ramp.steps_basis_points[{index}]"), Some(step))
+        });
+        RampFields { steps: Some(steps.collect()), each: self.time("ramp.each", each) }
     }
 
     fn every(&mut self, every: i32) -> Option<Every> {
@@ -356,7 +491,7 @@ impl Fields<'_> {
 
     /// What a constructor makes of them, or why it does not.
     fn right<E: fmt::Display>(&mut self, limit: Result<Limit, E>) -> Option<Limit> {
-        limit.map_err(|error| wrong(self.refusal, &self.path, error.to_string())).ok()
+        limit.map_err(|error| wrong(self.refusal, &self.path, &error.to_string())).ok()
     }
 
     fn wrong(&mut self, field: &str, message: impl Into<String>) {
@@ -374,10 +509,20 @@ fn optional(
     parsed.map_err(|_| refusal.violation(field(), "a length of time is not negative")).ok()
 }
 
-/// Notes what validation said; it names the field first, in backticks.
-fn wrong(refusal: &mut Refusal, path: &str, message: String) {
+/// Notes what validation said; it names the field first, in backticks, as a configuration file does.
+fn wrong(refusal: &mut Refusal, path: &str, message: &str) {
     let field = message.strip_prefix('`').and_then(|rest| rest.split_once('`'));
-    let path = field.map_or_else(|| path.to_owned(), |(field, _)| format!("{path}.{field}"));
+    let path = field.map_or_else(
+        || path.to_owned(),
+        |(field, _)| {
+            let unit = match field {
+                "failure_rate" | "slow_call.rate" | "ramp.steps" => "_basis_points",
+                "backoff.factor" => "_hundredths",
+                _ => "",
+            };
+            format!("{path}.{field}{unit}")
+        },
+    );
     refusal.violation(path, message);
 }
 
