@@ -253,6 +253,9 @@ pub enum AdminError {
         /// The rule.
         rule: String,
     },
+    /// It has no buckets.
+    #[error("policy `{0}` is a breaker: its circuits are told by InspectCircuit")]
+    IsBreaker(PolicyName),
     /// Somebody was faster.
     #[error(
         "policy `{name}` has version {found}, not {expected} (0 is none): read it again, decide again"
@@ -323,7 +326,9 @@ impl App {
             }
             (before, change)
         };
-        let live_cells = change.catalogue.policy(&name).map_or(0, |policy| policy.budget.live());
+        // None of a limiter's goes on under a breaker.
+        let after = change.catalogue.policy(&name).filter(|policy| policy.breakers.is_none());
+        let live_cells = after.map_or(0, |policy| policy.budget.live());
         let former = before.as_ref().map(|before| &*before.settings);
         let after = change.after.first().and_then(|(_, after)| after.clone());
         let differences = difference(former, after.as_ref().map(|after| &*after.settings));
@@ -442,17 +447,17 @@ impl App {
     /// What is left in one bucket, without charging it.
     ///
     /// # Errors
-    /// If there is no such policy.
+    /// If there is no such policy, or it has no buckets.
     pub fn inspect(&self, name: &PolicyName, key: &str) -> Result<Bucket, AdminError> {
         let catalogue = self.catalogue.load();
-        let policy = self.asked(&catalogue, name)?;
+        let policy = self.limiting(&catalogue, name)?;
         Ok(self.bucket(&catalogue, policy, key, self.clock.now()).1)
     }
 
     /// What is left in the buckets of a policy whose keys begin with `prefix`; only of those after `after`.
     ///
     /// # Errors
-    /// If there is no such policy.
+    /// If there is no such policy, or it has no buckets.
     pub fn buckets(
         &self,
         name: &PolicyName,
@@ -461,7 +466,7 @@ impl App {
         count: usize,
     ) -> Result<Buckets, AdminError> {
         let catalogue = self.catalogue.load();
-        let policy = self.asked(&catalogue, name)?;
+        let policy = self.limiting(&catalogue, name)?;
         let now = self.clock.now();
         let keys = policy.names.page(prefix, after, count);
         let next = keys.last().filter(|_| keys.len() == count).map(ToString::to_string);
@@ -485,7 +490,7 @@ impl App {
     /// Forgets what one bucket has spent, but for what open grants hold; the bucket before and after.
     ///
     /// # Errors
-    /// If there is no such policy, or it cannot be written.
+    /// If there is no such policy, it has no buckets, or that cannot be written.
     pub async fn reset(
         &self,
         principal: Principal,
@@ -496,7 +501,7 @@ impl App {
         let _alone = self.desk.changing.lock().await;
         let now = self.clock.now();
         let catalogue = self.catalogue.load_full();
-        let policy = self.asked(&catalogue, name)?;
+        let policy = self.limiting(&catalogue, name)?;
         let (cell, before) = self.bucket(&catalogue, policy, key, now);
         let mut answers = Vec::with_capacity(2 * limits::LIMITS);
         for (index, limiter) in policy.rules_of(key).limiters.iter().enumerate() {
@@ -746,6 +751,19 @@ impl App {
         name: &PolicyName,
     ) -> Result<&'a Arc<Policy>, AdminError> {
         catalogue.policy(name).ok_or_else(|| self.unknown(catalogue, name))
+    }
+
+    /// As above, and it has buckets.
+    fn limiting<'a>(
+        &self,
+        catalogue: &'a Catalogue,
+        name: &PolicyName,
+    ) -> Result<&'a Arc<Policy>, AdminError> {
+        let policy = self.asked(catalogue, name)?;
+        match policy.breakers {
+            None => Ok(policy),
+            Some(_) => Err(AdminError::IsBreaker(name.clone())),
+        }
     }
 
     fn unknown(&self, catalogue: &Catalogue, name: &PolicyName) -> AdminError {

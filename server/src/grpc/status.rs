@@ -132,6 +132,7 @@ pub(super) fn admin(error: &AdminError) -> Status {
         AdminError::ManagedByFile(_)
         | AdminError::ManagedByRules(_)
         | AdminError::Judges { .. } => Status::failed_precondition(error.to_string()),
+        AdminError::IsBreaker(_) => wrong("policy", error.to_string()),
         AdminError::Conflict { .. } => Status::aborted(error.to_string()),
         AdminError::TooManyPolicies | AdminError::TooManyLimiters => {
             Status::resource_exhausted(error.to_string())
