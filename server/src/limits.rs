@@ -395,10 +395,6 @@ pub const SNAPSHOT_IN_USE: Duration = Duration::from_secs(10);
 /// Pause between two looks at whether it still is.
 pub const SNAPSHOT_LOOKS: Duration = Duration::from_millis(1);
 
-/// Circuits of all breakers: some hundred megabytes where each has reporters. Past it, and past those of a
-/// breaker, they are not shared, and each client's own breaker acts.
-pub const CIRCUITS: usize = 100_000;
-
 /// Shards of the circuits: fewer than of the cells, as who asks through them holds the lock of one while it
 /// charges. Housekeeping looks at one in each round, so at all of them in less than a second.
 pub const CIRCUIT_SHARDS: usize = 16;

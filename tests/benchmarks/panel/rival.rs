@@ -10,13 +10,14 @@ use fusebox_proto::{
     },
     v1::{
         AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, Decision,
-        ReportRequest, ReportResponse, Verdict,
+        ReportRequest, ReportResponse, Verdict, WatchRequest, WatchResponse,
         resilience_server::{Resilience, ResilienceServer},
     },
 };
 use tokio::{net::TcpListener, runtime::Runtime};
 use tonic::{
     Request, Response, Status,
+    codegen::BoxStream,
     transport::{Server, server::TcpIncoming},
 };
 
@@ -55,6 +56,12 @@ impl Resilience for Constant {
 
     async fn report(&self, _: Request<ReportRequest>) -> Result<Response<ReportResponse>, Status> {
         Err(Status::unimplemented("nothing reports here"))
+    }
+
+    type WatchStream = BoxStream<WatchResponse>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Status::unimplemented("nothing is told here"))
     }
 }
 
