@@ -13,6 +13,8 @@ mod breaker;
 mod evidence;
 mod phase;
 mod quorum;
+#[cfg(test)]
+mod tests;
 mod window;
 
 use alloc::{boxed::Box, collections::VecDeque, sync::Arc, vec::Vec};
@@ -120,6 +122,19 @@ pub struct Call<'a> {
     pub latency: Option<Duration>,
     /// What kind of failure it was; may be empty.
     pub kind: &'a str,
+}
+
+impl Call<'_> {
+    /// The call as it counts; `None` if it says nothing about the target.
+    fn counts(self, breaker: &Breaker) -> Option<Counts> {
+        let failed = match self.outcome {
+            Outcome::Success => false,
+            Outcome::Failure => true,
+            Outcome::LocalFailure | Outcome::Ignored | Outcome::Abandoned => return None,
+        };
+        let slow = self.latency.is_some_and(|latency| breaker.is_slow(latency));
+        Some(Counts { calls: 1, failures: failed.into(), slow: slow.into() })
+    }
 }
 
 /// How many calls went.
@@ -321,7 +336,7 @@ impl Circuit {
             ramp: ramps.then_some(0),
             stragglers_until: turn.now.after(turn.breaker.half_open.probe_timeout),
             forced: kept.forced.map(Box::new),
-            history: kept.history.into_iter().collect(),
+            history: kept.history.into_iter().rev().take(HISTORY).rev().collect(),
             ..Self::new(generation, turn.breaker, since)
         };
         if let Some(after) = phase.after(Event::Restarted) {
@@ -458,10 +473,16 @@ impl Circuit {
 
     /// Lets all happen that was due.
     pub fn touch(&mut self, turn: Turn<'_>) {
-        if !self.window.fits(turn.breaker) {
-            self.window = Window::new(turn.breaker);
+        if self.window.fit(turn.breaker) {
             self.details = None;
         }
+        self.catch_up(turn);
+        if let Some(details) = &mut self.details {
+            details.slide(turn.now);
+        }
+    }
+
+    fn catch_up(&mut self, turn: Turn<'_>) {
         loop {
             match self.phase {
                 Phase::HalfOpen => {
@@ -544,7 +565,9 @@ impl Circuit {
             let probes = self.probes.get_or_insert_default();
             let id = ProbeId(probes.next);
             probes.next += 1;
-            probes.out.push((id, turn.now));
+            // The clock may have been read before that of the latest.
+            let at = probes.out.last().map_or(turn.now, |(_, latest)| turn.now.max(*latest));
+            probes.out.push((id, at));
             (id, turn.breaker.half_open.probe_timeout)
         });
         self.count_in_ramp(passage, turn);
@@ -583,25 +606,17 @@ impl Circuit {
             return Reported::Stale;
         };
         probes.out.remove(place);
-        let (id, zone) = (Arc::from(by.id), Arc::from(by.zone));
-        let failed = match call.outcome {
-            Outcome::Success => false,
-            Outcome::Failure => true,
-            Outcome::LocalFailure | Outcome::Ignored | Outcome::Abandoned => {
-                probes.given_back += 1;
-                self.set_aside(call.outcome);
-                self.judge_probes(false, turn);
-                return Reported::Applied;
+        if let Some(counts) = call.counts(turn.breaker) {
+            probes.counts.add(counts);
+            note(&mut probes.told_by, &by.id.into(), MAX_REPORTERS);
+            if counts.failures + counts.slow > 0 {
+                note(&mut probes.zones, &by.zone.into(), MAX_KINDS);
             }
-        };
-        let slow = call.latency.is_some_and(|latency| turn.breaker.is_slow(latency));
-        let count = Counts { calls: 1, failures: failed.into(), slow: slow.into() };
-        probes.counts.add(count);
-        note(&mut probes.told_by, &id);
-        if failed || slow {
-            note(&mut probes.zones, &zone);
+            self.note_call(call, turn);
+        } else {
+            probes.given_back += 1;
+            self.set_aside(call.outcome);
         }
-        self.note_call(call, turn);
         self.judge_probes(false, turn);
         Reported::Applied
     }
@@ -618,18 +633,13 @@ impl Circuit {
         if !self.counts(generation) {
             return self.uncounted(generation);
         }
-        let failed = match call.outcome {
-            Outcome::Success => false,
-            Outcome::Failure => true,
-            Outcome::LocalFailure | Outcome::Ignored | Outcome::Abandoned => {
-                self.set_aside(call.outcome);
-                return Reported::Applied;
-            }
-        };
-        let slow = call.latency.is_some_and(|latency| turn.breaker.is_slow(latency));
-        let counts = Counts { calls: 1, failures: failed.into(), slow: slow.into() };
-        self.note_call(call, turn);
-        self.window.count(by, counts, turn.now);
+        let counts = call.counts(turn.breaker);
+        match counts {
+            Some(_) => self.note_call(call, turn),
+            None => self.set_aside(call.outcome),
+        }
+        // Also none: the reporter is there.
+        self.window.count(by, counts.unwrap_or_default(), turn.now);
         self.judge_window(turn);
         Reported::Applied
     }

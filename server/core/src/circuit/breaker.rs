@@ -368,3 +368,119 @@ impl Breaker {
 fn wait(field: &'static str, value: Duration) -> Result<(), InvalidBreaker> {
     if WAITS.contains(&value) { Ok(()) } else { Err(InvalidBreaker::Wait { field, value }) }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn each_further_wait_is_longer_up_to_the_longest() {
+        let mut settings = Settings::default();
+        settings.open_for.jitter = Share::NONE;
+        let breaker = Breaker::new(settings.clone()).unwrap();
+        let waits = [0, 1, 2, 3, 4, u32::MAX].map(|attempt| breaker.wait(attempt, u32::MAX));
+        assert_eq!(waits, [5, 10, 20, 40, 60, 60].map(Duration::from_secs));
+
+        // One that grows slowly gets there, too, and one that does not grow never does.
+        let millis = Duration::from_millis(1);
+        for (factor_hundredths, longest) in [(101, SECOND), (100, millis)] {
+            let slow =
+                OpenFor { first: millis, factor_hundredths, max: SECOND, jitter: Share::NONE };
+            let breaker = Breaker::new(Settings { open_for: slow, ..settings.clone() }).unwrap();
+            assert_eq!(breaker.wait(u32::MAX, 0), longest);
+        }
+    }
+
+    #[test]
+    fn jitter_adds_at_most_its_part_also_to_the_longest_wait() {
+        let breaker = Breaker::new(Settings::default()).unwrap();
+        for (attempt, wait) in [(0, SECOND * 5), (9, SECOND * 60)] {
+            let drawn = [0, 1 << 31, u32::MAX].map(|draw| breaker.wait(attempt, draw) - wait);
+            assert_eq!(drawn[..2], [Duration::ZERO, wait / 20]);
+            assert!(drawn[1] < drawn[2] && drawn[2] < wait / 10, "{drawn:?}");
+        }
+    }
+
+    #[test]
+    fn settings_outside_their_range_are_refused() {
+        let is_wrong = |change: &dyn Fn(&mut Settings)| {
+            let mut settings = Settings::default();
+            change(&mut settings);
+            Breaker::new(settings).unwrap_err()
+        };
+        let wait = |field, value| InvalidBreaker::Wait { field, value };
+        let zero = Duration::ZERO;
+        let slow = |over, rate| Some(SlowCall { over, rate });
+        assert_eq!(is_wrong(&|one| one.window = Window::Time(zero)), InvalidBreaker::Window(zero));
+        for count in [0, MAX_COUNT + 1] {
+            let wrong = is_wrong(&|one| one.window = Window::Calls(count));
+            assert_eq!(wrong, InvalidBreaker::Count(count));
+            let wrong = is_wrong(&|one| one.window = Window::Consecutive(count));
+            assert_eq!(wrong, InvalidBreaker::Consecutive(count));
+        }
+        let wrong = is_wrong(&|one| one.window = Window::Calls(1));
+        assert_eq!(wrong, InvalidBreaker::NoOrder("count"));
+        let wrong = is_wrong(&|one| one.window = Window::Consecutive(1));
+        assert_eq!(wrong, InvalidBreaker::NoOrder("consecutive_failures"));
+        let wrong = is_wrong(&|one| {
+            (one.window, one.min_reporters) = (Window::Consecutive(1), 1);
+            one.slow_call = slow(SECOND, Share::ALL);
+        });
+        assert_eq!(wrong, InvalidBreaker::SlowInARow);
+        let wrong = is_wrong(&|one| one.failure_rate = Share::NONE);
+        assert_eq!(wrong, InvalidBreaker::NoRate("failure_rate"));
+        let wrong = is_wrong(&|one| one.slow_call = slow(SECOND, Share::NONE));
+        assert_eq!(wrong, InvalidBreaker::NoRate("slow_call.rate"));
+        let wrong = is_wrong(&|one| one.slow_call = slow(zero, Share::ALL));
+        assert_eq!(wrong, wait("slow_call.over", zero));
+        for calls in [0, MAX_MIN_CALLS + 1] {
+            assert_eq!(is_wrong(&|one| one.min_calls = calls), InvalidBreaker::MinCalls(calls));
+        }
+        assert_eq!(is_wrong(&|one| one.open_for.first = zero), wait("open_for", zero));
+        assert_eq!(is_wrong(&|one| one.open_for.max = zero), wait("backoff.max", zero));
+        for factor in [99, 1_001] {
+            let wrong = is_wrong(&|one| one.open_for.factor_hundredths = factor);
+            assert_eq!(wrong, InvalidBreaker::Factor(factor));
+        }
+        let wrong = is_wrong(&|one| one.open_for.max = SECOND);
+        assert_eq!(wrong, InvalidBreaker::MaxWait { max: SECOND, first: SECOND * 5 });
+        for probes in [0, MAX_PROBES + 1] {
+            assert_eq!(
+                is_wrong(&|one| one.half_open.probes = probes),
+                InvalidBreaker::Probes(probes)
+            );
+        }
+        for most in [0, 4] {
+            let wrong = is_wrong(&|one| one.half_open.max_in_flight = most);
+            assert_eq!(wrong, InvalidBreaker::InFlight(most, 3));
+        }
+        let wrong = is_wrong(&|one| one.half_open.probe_timeout = zero);
+        assert_eq!(wrong, wait("half_open.probe_timeout", zero));
+        let wrong = is_wrong(&|one| one.half_open.max_duration = SECOND);
+        let probe_timeout = SECOND * 10;
+        assert_eq!(wrong, InvalidBreaker::MaxDuration { max_duration: SECOND, probe_timeout });
+        assert_eq!(is_wrong(&|one| one.ramp.each = zero), wait("ramp.each", zero));
+        assert_eq!(is_wrong(&|one| one.ramp.steps.swap(0, 1)), InvalidBreaker::Steps);
+        assert_eq!(is_wrong(&|one| one.ramp.steps[0] = Share::NONE), InvalidBreaker::Steps);
+        for reporters in [0, 33] {
+            let wrong = is_wrong(&|one| one.min_reporters = reporters);
+            assert_eq!(wrong, InvalidBreaker::MinReporters(reporters));
+        }
+    }
+
+    #[test]
+    fn a_share_is_reached_by_what_is_no_less() {
+        let third = Share::new(3_333).unwrap();
+        assert!(third.is_reached(1, 3) && !Share::new(3_334).unwrap().is_reached(1, 3));
+        assert!(!Share::ALL.is_reached(0, 0) && Share::ALL.is_reached(u64::MAX, u64::MAX));
+        assert_eq!(
+            (Share::of(1, 3), Share::of(0, 0), Share::of(5, 3)),
+            (third, Share::NONE, Share::ALL)
+        );
+        assert_eq!(Share::new(10_001), None);
+    }
+}

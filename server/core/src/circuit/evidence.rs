@@ -52,7 +52,7 @@ impl Evidence {
         {
             let fleet = Fleet::of(told.seen(now), breaker);
             let unhealthy = told.seen(now).filter(|one| fleet.is_unhealthy(one.counts));
-            unhealthy.for_each(|one| note(&mut zones, &one.by.zone));
+            unhealthy.for_each(|one| note(&mut zones, &one.by.zone, MAX_KINDS));
         }
         Self {
             failure_rate: Share::of(counts.failures.into(), counts.calls.into()),
@@ -66,9 +66,9 @@ impl Evidence {
     }
 }
 
-/// Adds a name that is not there yet, while there is room.
-pub(super) fn note(names: &mut Vec<Arc<str>>, name: &Arc<str>) {
-    if !name.is_empty() && names.len() < MAX_KINDS && !names.contains(name) {
+/// Adds a name that is not there yet, while there is room for so many.
+pub(super) fn note(names: &mut Vec<Arc<str>>, name: &Arc<str>, most: usize) {
+    if !name.is_empty() && names.len() < most && !names.contains(name) {
         names.push(Arc::clone(name));
     }
 }
@@ -84,7 +84,7 @@ pub(super) struct Details {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Half {
+pub(super) struct Half {
     latencies: [u32; LATENCIES],
     kinds: Vec<(Arc<str>, u32)>,
 }
@@ -118,8 +118,8 @@ impl Details {
         Box::new(Self { halves: [Half::new(), Half::new()], number: 0, half_nanos })
     }
 
-    /// Room for what is told now.
-    fn now(&mut self, now: Time) -> &mut Half {
+    /// Forgets what is too long ago, and makes room for what is told now.
+    pub(super) fn slide(&mut self, now: Time) -> &mut Half {
         let number = now.as_nanos() / self.half_nanos;
         if number > self.number {
             self.halves.swap(0, 1);
@@ -133,7 +133,7 @@ impl Details {
     }
 
     pub(super) fn add_latencies(&mut self, counts: &[u64], now: Time) {
-        let half = self.now(now);
+        let half = self.slide(now);
         for (sum, count) in half.latencies.iter_mut().zip(counts) {
             *sum = sum.saturating_add(u32::try_from(*count).unwrap_or(u32::MAX));
         }
@@ -141,13 +141,13 @@ impl Details {
 
     pub(super) fn add_latency(&mut self, latency: Duration, now: Time) {
         let place = latency.as_micros().checked_ilog2().unwrap_or(0) as usize;
-        let half = self.now(now);
+        let half = self.slide(now);
         let sum = &mut half.latencies[place.min(LATENCIES - 1)];
         *sum = sum.saturating_add(1);
     }
 
     pub(super) fn add_kind(&mut self, kind: &str, now: Time) {
-        self.now(now).add_kind(kind);
+        self.slide(now).add_kind(kind);
     }
 
     /// The most frequent first.
@@ -173,5 +173,72 @@ impl Details {
             sum += count(bucket).sum::<u64>();
             share.is_reached(sum, all).then(|| Duration::from_micros(2 << bucket))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use alloc::format;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn details() -> Box<Details> {
+        Details::new(&Breaker::new(breaker::Settings::default()).unwrap())
+    }
+
+    fn share(basis_points: u16) -> Share {
+        Share::new(basis_points).unwrap()
+    }
+
+    #[test]
+    fn a_latency_is_told_as_the_end_of_its_bucket() {
+        let mut details = details();
+        assert_eq!(details.latency(Share::ALL), None);
+        for _ in 0..98 {
+            details.add_latency(Duration::from_micros(1_500), Time::ZERO);
+        }
+        details.add_latency(SECOND, Time::ZERO);
+        details.add_latency(Duration::MAX, Time::ZERO);
+        let [half, most, all] = [5_000, 9_900, 10_000].map(|one| details.latency(share(one)));
+        assert_eq!(half, Some(Duration::from_micros(2_048)));
+        assert_eq!(most, Some(Duration::from_micros(1 << 20)));
+        assert_eq!(all, Some(Duration::from_micros(1 << LATENCIES)));
+    }
+
+    #[test]
+    fn latencies_that_are_told_together_have_their_buckets() {
+        let (mut together, mut each) = (details(), details());
+        together.add_latencies(&[1, 0, 2], Time::ZERO);
+        for micros in [0, 4, 7] {
+            each.add_latency(Duration::from_micros(micros), Time::ZERO);
+        }
+        assert_eq!(together, each);
+    }
+
+    #[test]
+    fn what_is_told_lasts_for_half_to_all_of_the_window() {
+        let mut details = details();
+        details.add_latency(SECOND, Time::ZERO.after(SECOND * 101));
+        details.add_kind("timeout", Time::ZERO.after(SECOND * 101));
+        for (now, is_known) in [(109, true), (20, true), (110, false)] {
+            details.slide(Time::ZERO.after(SECOND * now));
+            assert_eq!(details.latency(Share::ALL).is_some(), is_known, "{now} s");
+            assert_eq!(details.most_frequent().is_empty(), !is_known, "{now} s");
+        }
+    }
+
+    #[test]
+    fn a_kind_that_comes_often_finds_its_place_among_many() {
+        let mut details = details();
+        for number in 0..100 {
+            details.add_kind(&format!("{number}"), Time::ZERO);
+            details.add_kind("often", Time::ZERO.after(SECOND * 5));
+        }
+        let kinds = details.most_frequent();
+        assert_eq!((&*kinds[0], kinds.len()), ("often", MAX_KINDS));
     }
 }

@@ -55,7 +55,7 @@ pub(super) fn judge(window: &Window, breaker: &Breaker, now: Time) -> Judged {
             Fleet::of(reporters.seen(now), breaker).judge(reporters.seen(now))
         }
         Window::Calls(ring) => judge_ring(ring, breaker),
-        Window::Consecutive { failures } => Judged {
+        Window::Consecutive { failures, .. } => Judged {
             failing: matches!(breaker.window, super::breaker::Window::Consecutive(most) if *failures >= most),
             counts: Counts { calls: *failures, failures: *failures, slow: 0 },
             ..Judged::default()

@@ -89,7 +89,7 @@ impl Slices {
 pub(super) enum Window {
     Time(Reporters),
     Calls(Box<Ring>),
-    Consecutive { failures: u32 },
+    Consecutive { failures: u32, told_at: Time },
 }
 
 /// The reporters of a time window.
@@ -107,6 +107,7 @@ pub(super) struct Ring {
     most: usize,
     calls: VecDeque<(bool, bool)>,
     sum: Counts,
+    told_at: Time,
 }
 
 impl Window {
@@ -118,21 +119,27 @@ impl Window {
                 most: most as usize,
                 calls: VecDeque::new(),
                 sum: Counts::default(),
+                told_at: Time::ZERO,
             })),
-            breaker::Window::Consecutive(_) => Self::Consecutive { failures: 0 },
+            breaker::Window::Consecutive(_) => {
+                Self::Consecutive { failures: 0, told_at: Time::ZERO }
+            }
         }
     }
 
-    /// Whether it is one of these settings: what others counted says nothing in them.
-    pub(super) fn fits(&self, breaker: &Breaker) -> bool {
-        match (self, breaker.window) {
-            (Self::Time(reporters), breaker::Window::Time(time)) => {
-                reporters.slice_nanos == slice_nanos(time)
+    /// Makes it one of these settings; whether it was not. What others counted says nothing in them, but who was
+    /// there still is.
+    pub(super) fn fit(&mut self, breaker: &Breaker) -> bool {
+        match (&mut *self, breaker.window) {
+            (Self::Time(reporters), breaker::Window::Time(time)) => return reporters.fit(time),
+            (Self::Calls(ring), breaker::Window::Calls(most)) if ring.most == most as usize => {
+                return false;
             }
-            (Self::Calls(ring), breaker::Window::Calls(most)) => ring.most == most as usize,
-            (Self::Consecutive { .. }, breaker::Window::Consecutive(_)) => true,
-            _ => false,
+            (Self::Consecutive { .. }, breaker::Window::Consecutive(_)) => return false,
+            _ => {}
         }
+        *self = Self::new(breaker);
+        true
     }
 
     /// Forgets all calls, but not who is there.
@@ -146,7 +153,7 @@ impl Window {
                 ring.calls.clear();
                 ring.sum = Counts::default();
             }
-            Self::Consecutive { failures } => *failures = 0,
+            Self::Consecutive { failures, .. } => *failures = 0,
         }
     }
 
@@ -154,12 +161,16 @@ impl Window {
     pub(super) fn count(&mut self, reporter: Reporter<'_>, counts: Counts, now: Time) {
         match self {
             Self::Time(reporters) => reporters.count(reporter, counts, now),
-            Self::Calls(ring) => ring.count(counts),
-            // What failed is taken to have failed last.
-            Self::Consecutive { failures } if counts.failures < counts.calls => {
-                *failures = counts.failures;
+            Self::Calls(ring) => {
+                ring.told_at = ring.told_at.max(now);
+                ring.count(counts);
             }
-            Self::Consecutive { failures } => *failures = failures.saturating_add(counts.failures),
+            Self::Consecutive { failures, told_at } => {
+                *told_at = now.max(*told_at);
+                // What failed is taken to have failed last.
+                let before = if counts.failures < counts.calls { 0 } else { *failures };
+                *failures = before.saturating_add(counts.failures);
+            }
         }
     }
 
@@ -170,12 +181,13 @@ impl Window {
         }
     }
 
-    /// Whether nobody told anything within the last minute, nor of calls that still count. What goes by order has
-    /// no time.
+    /// Whether nobody told anything within the last minute, nor of calls that still count. What goes by order
+    /// counts without end: it is forgotten after as long as the longest time window.
     pub(super) fn is_quiet(&self, now: Time) -> bool {
         match self {
             Self::Time(reporters) => reporters.seen(now).all(|one| !one.is_present),
-            Self::Calls(_) | Self::Consecutive { .. } => true,
+            Self::Calls(ring) => ring.sum.calls == 0 || is_long_ago(ring.told_at, now),
+            Self::Consecutive { failures, told_at } => *failures == 0 || is_long_ago(*told_at, now),
         }
     }
 }
@@ -192,6 +204,18 @@ pub(super) struct Seen<'a> {
 impl Reporters {
     fn new(time: Duration) -> Self {
         Self { slice_nanos: slice_nanos(time), tracked: Vec::new(), others: None }
+    }
+
+    /// Makes them those of such a window, without calls; whether they were not.
+    fn fit(&mut self, time: Duration) -> bool {
+        let slice_nanos = slice_nanos(time);
+        if self.slice_nanos == slice_nanos {
+            return false;
+        }
+        self.slice_nanos = slice_nanos;
+        let all = self.tracked.iter_mut().chain(self.others.as_deref_mut());
+        all.for_each(|one| one.slices = Slices::default());
+        true
     }
 
     fn slice(&self, now: Time) -> u64 {
@@ -273,7 +297,87 @@ impl Ring {
     }
 }
 
+fn is_long_ago(told_at: Time, now: Time) -> bool {
+    told_at.after(*breaker::WINDOWS.end()) <= now
+}
+
 /// Rounded up, so that the slices of a window are never shorter than it.
 fn slice_nanos(window: Duration) -> u64 {
     saturating_nanos(window).div_ceil(SLICES as u64).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::format;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+    const FAILED: Counts = Counts { calls: 1, failures: 1, slow: 0 };
+
+    fn at(time: Duration) -> Time {
+        Time::ZERO.after(time)
+    }
+
+    /// As many as are told apart, at that time, and two more.
+    fn full(now: Time) -> Reporters {
+        let mut reporters = Reporters::new(SECOND * 10);
+        for number in 0..MAX_REPORTERS + 2 {
+            let id = format!("{number}");
+            reporters.count(Reporter { id: &id, zone: "" }, FAILED, now);
+        }
+        reporters
+    }
+
+    #[test]
+    fn more_reporters_than_are_told_apart_have_one_place() {
+        let reporters = full(at(SECOND));
+        assert_eq!(reporters.seen(at(SECOND)).count(), MAX_REPORTERS + 1);
+        let others = reporters.seen(at(SECOND)).last();
+        let others = others.map(|one| (one.by.id.is_empty(), one.counts.calls));
+        assert_eq!(others, Some((true, 2)));
+    }
+
+    #[test]
+    fn a_reporter_without_calls_gives_its_place_up() {
+        let mut reporters = full(at(SECOND));
+        let later = at(SECOND * 12);
+        reporters.count(Reporter { id: "5", zone: "" }, FAILED, later);
+        reporters.count(Reporter { id: "new", zone: "west" }, FAILED, later);
+        let called = reporters.seen(later).filter(|one| one.counts.calls > 0);
+        assert!(called.map(|one| &*one.by.id).eq(["5", "new"]));
+        assert_eq!(reporters.tracked.len(), MAX_REPORTERS);
+        assert!(reporters.tracked.iter().all(|one| &*one.id != "0"), "the first without calls");
+    }
+
+    #[test]
+    fn a_call_counts_for_nine_tenths_of_the_window_and_no_longer_than_all_of_it() {
+        for offset in 0..10 {
+            let told = SECOND * 100 + Duration::from_millis(100) * offset;
+            let mut reporters = Reporters::new(SECOND * 10);
+            reporters.count(Reporter { id: "a", zone: "" }, FAILED, at(told));
+            let calls =
+                |age| reporters.seen(at(told + age)).map(|one| one.counts.calls).sum::<u32>();
+            assert_eq!((calls(SECOND * 9), calls(SECOND * 10)), (1, 0), "{told:?}");
+        }
+    }
+
+    #[test]
+    fn who_told_anything_is_there_for_a_minute() {
+        let mut reporters = Reporters::new(SECOND);
+        reporters.count(Reporter { id: "a", zone: "" }, Counts::default(), at(SECOND));
+        let is_present = |now| reporters.seen(at(now)).all(|one| one.is_present);
+        assert!(is_present(SECOND * 60) && !is_present(SECOND * 61));
+    }
+
+    #[test]
+    fn what_is_told_late_counts_as_of_the_newest() {
+        let mut reporters = Reporters::new(SECOND * 10);
+        let reporter = Reporter { id: "a", zone: "" };
+        reporters.count(reporter, FAILED, at(SECOND * 100));
+        reporters.count(reporter, FAILED, at(SECOND));
+        for now in [SECOND, SECOND * 109] {
+            assert_eq!(reporters.seen(at(now)).map(|one| one.counts.calls).sum::<u32>(), 2);
+        }
+    }
 }
