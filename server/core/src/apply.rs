@@ -47,7 +47,7 @@ pub enum Charging {
     AllOrNothing,
     /// Each rule that allows, whatever the others say.
     EachAlone,
-    /// Every rule; one that denies drains its cell, unless others wait for it.
+    /// Every rule; one that denies drains its cell, or leaves it in debt, unless others wait for it.
     Always,
     /// None: something else denies, and only what the rules say is wanted.
     Nothing,

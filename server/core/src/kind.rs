@@ -208,8 +208,8 @@ pub struct Plan<S> {
     pub before: Level,
     /// The cell after the charge.
     pub after: Level,
-    /// The state after the charge: of a denied ask, with the cell drained, and a window in debt; `None` if there
-    /// is nothing to store.
+    /// The state after the charge: of a denied ask, with the cell drained, and a window or a retry budget in debt;
+    /// `None` if there is nothing to store.
     pub charged: Option<S>,
     /// Tokens that are charged if it is allowed: of a lease maybe fewer than were wanted.
     pub granted: u64,

@@ -125,19 +125,19 @@ impl Kind for RetryBudget {
         let wanted = ask.granted_of(u64::MAX);
         let tokens = i64::try_from(wanted).unwrap_or(i64::MAX);
         let price = tokens.saturating_mul(RETRY);
-        let admission = if !ask.retry || price <= self.balance(&before) {
+        // Who asks for none is told how many there are, also where that is a debt.
+        let admission = if !ask.retry || price == 0 || price <= self.balance(&before) {
             Admission::Allow
         } else {
             let retry_after = self.wait_until(&before, price, now.time);
             Admission::Deny { reason: Reason::RetryBudgetExhausted, retry_after }
         };
-        let after = match (admission, ask.retry) {
-            (Admission::Allow, false) => {
-                before.with_more(tokens.saturating_mul(i64::from(self.ratio_per_mille)))
-            }
-            (Admission::Allow, true) => before.with_more(-price),
-            (Admission::Deny { .. }, _) => before,
+        // Also of retries that are refused: who charges them all the same has made them.
+        let more = match ask.retry {
+            false => tokens.saturating_mul(i64::from(self.ratio_per_mille)),
+            true => -price,
         };
+        let after = before.with_more(more);
         let level = |state: &State| Level {
             remaining: u64::try_from(self.balance(state) / RETRY).unwrap_or(0),
             reset_after: self.until_forgotten(state, now.time),
