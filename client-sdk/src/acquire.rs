@@ -101,6 +101,16 @@ pub enum Reason {
     OverflowBucket,
     /// The policy denies all.
     Blocked,
+    /// The circuit is open.
+    CircuitOpen,
+    /// An operator forced the circuit open.
+    CircuitForcedOpen,
+    /// The circuit is half-open, and all its probes are under way.
+    ProbesInUse,
+    /// The circuit closed a moment ago, and lets a share of the calls through.
+    Ramping,
+    /// There are too many circuits to share this one. Not a reason to deny.
+    NotShared,
     /// One that this client does not know, by its number on the wire.
     Other(i32),
 }
@@ -133,6 +143,11 @@ impl TryFrom<v1::Verdict> for Verdict {
             Ok(v1::Reason::ReservedForPriority) => Some(Reason::ReservedForPriority),
             Ok(v1::Reason::OverflowBucket) => Some(Reason::OverflowBucket),
             Ok(v1::Reason::Blocked) => Some(Reason::Blocked),
+            Ok(v1::Reason::CircuitOpen) => Some(Reason::CircuitOpen),
+            Ok(v1::Reason::CircuitForcedOpen) => Some(Reason::CircuitForcedOpen),
+            Ok(v1::Reason::ProbesInUse) => Some(Reason::ProbesInUse),
+            Ok(v1::Reason::Ramping) => Some(Reason::Ramping),
+            Ok(v1::Reason::NotShared) => Some(Reason::NotShared),
             _ => Some(Reason::Other(verdict.reason)),
         };
         Ok(Self {

@@ -5,6 +5,7 @@ mod acquire;
 mod admin;
 mod bad_input;
 mod caller;
+mod circuits;
 mod clocks;
 mod kinds;
 mod leases;
