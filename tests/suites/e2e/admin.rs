@@ -28,28 +28,31 @@ const FILE: &str = "three: {token_bucket: {limit: 3, per: 1m}},
     few: {token_bucket: {limit: 3, per: 1m}, max_cells: 2}";
 
 /// An operator of the namespace `test`.
-struct Operator(AdminClient<Channel>);
+pub(crate) struct Operator(pub(crate) AdminClient<Channel>);
 
 impl Operator {
-    async fn of(server: &Server) -> Self {
+    pub(crate) async fn of(server: &Server) -> Self {
         Self(AdminClient::new(server.channel().await))
     }
 
-    async fn try_put(&mut self, request: PutPolicyRequest) -> Result<PutPolicyResponse, Status> {
+    pub(crate) async fn try_put(
+        &mut self,
+        request: PutPolicyRequest,
+    ) -> Result<PutPolicyResponse, Status> {
         self.0.put_policy(request).await.map(tonic::Response::into_inner)
     }
 
-    async fn put(&mut self, name: &str, kind: Kind) -> PutPolicyResponse {
+    pub(crate) async fn put(&mut self, name: &str, kind: Kind) -> PutPolicyResponse {
         self.try_put(put(name, kind)).await.expect("it is put")
     }
 
-    async fn get(&mut self, name: &str) -> Result<NamedPolicy, Status> {
+    pub(crate) async fn get(&mut self, name: &str) -> Result<NamedPolicy, Status> {
         let request = GetPolicyRequest { namespace: "test".into(), name: name.into() };
         let answer = self.0.get_policy(request).await?.into_inner();
         Ok(answer.policy.expect("a policy"))
     }
 
-    async fn try_delete(
+    pub(crate) async fn try_delete(
         &mut self,
         name: &str,
         expected_version: Option<u64>,
@@ -89,7 +92,7 @@ impl Operator {
         answer.bucket.expect("a bucket")
     }
 
-    async fn buckets(
+    pub(crate) async fn buckets(
         &mut self,
         policy: &str,
         prefix: &str,
@@ -128,12 +131,12 @@ impl Operator {
         self.0.list_events(request).await.expect("they are told").into_inner()
     }
 
-    async fn all_events(&mut self) -> Vec<Event> {
+    pub(crate) async fn all_events(&mut self) -> Vec<Event> {
         self.events(ListEventsRequest::default()).await.events
     }
 }
 
-fn put(name: &str, kind: Kind) -> PutPolicyRequest {
+pub(crate) fn put(name: &str, kind: Kind) -> PutPolicyRequest {
     PutPolicyRequest {
         namespace: "test".into(),
         name: name.into(),
@@ -147,7 +150,7 @@ fn time(seconds: i64) -> Option<prost_types::Duration> {
     Some(prost_types::Duration { seconds, nanos: 0 })
 }
 
-fn bucket(limit: u64, seconds: i64) -> Kind {
+pub(crate) fn bucket(limit: u64, seconds: i64) -> Kind {
     Kind::TokenBucket(TokenBucket { limit: Some(limit), per: time(seconds), burst: None })
 }
 

@@ -4,6 +4,7 @@
 mod acquire;
 mod admin;
 mod bad_input;
+mod breakers;
 mod caller;
 mod circuits;
 mod clocks;

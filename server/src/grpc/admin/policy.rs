@@ -532,7 +532,7 @@ mod tests {
 
     use super::*;
 
-    const EVERY_KIND: [&str; 10] = [
+    const EVERY_KIND: [&str; 14] = [
         "{token_bucket: {limit: 5, per: 60s}}",
         "{token_bucket: {limit: 5, per: 1ns, burst: 9}, max_debt: 0, shadow: true}",
         "{sliding_window: {limit: 5, per: 2s}, durability: relaxed, max_cells: 7}",
@@ -544,6 +544,13 @@ mod tests {
         "{token_bucket: {limit: 0, per: 1s}, reserves: {critical: 20%, normal: 0.5%}}",
         "{token_bucket: {limit: 1, per: 1s}, overrides: [{key: '', fixed_window: {limit: 1, per: 1h}},
           {prefix: b/, limits: [{token_bucket: {limit: 1, per: 1s}}, {sliding_window: {limit: 1, per: 1s}}]}]}",
+        "{breaker: {}}",
+        "{breaker: {window: 100ms, failure_rate: 0.01%, slow_call: {over: 1ms, rate: 99.99%}, min_calls: 1,
+          open_for: 90s, backoff: {factor: 1.01, max: 24h, jitter: 0%}, half_open: {probes: 9, max_in_flight: 2,
+          probe_timeout: 70s, max_duration: 71s}, ramp: {steps: [1%], each: 1ms}, min_reporters: 32}}",
+        "{breaker: {count: 1000, ramp: {steps: [], each: 9s}}, max_cells: 100000}",
+        "{breaker: {consecutive_failures: 1}, overrides: [{key: '', breaker: {}},
+          {prefix: b/, breaker: {count: 7}}]}",
     ];
 
     #[test]
@@ -586,6 +593,139 @@ mod tests {
         ] {
             let put = settings(&mut Refusal::default(), &message(kind));
             assert_eq!(put, Some(text.parse().unwrap()), "{text}");
+        }
+        let breaker = |breaker| policy::Kind::Breaker(breaker);
+        for (kind, text) in [
+            (v1::Breaker::default(), "{breaker: {}}"),
+            (v1::Breaker { count: Some(7), ..Default::default() }, "{breaker: {count: 7}}"),
+            (
+                v1::Breaker {
+                    slow_call: Some(v1::SlowCall { over: minute, rate_basis_points: None }),
+                    open_for: minute,
+                    backoff: Some(v1::Backoff::default()),
+                    half_open: Some(v1::HalfOpen { probes: Some(1), ..Default::default() }),
+                    ramp: Some(v1::Ramp::default()),
+                    ..Default::default()
+                },
+                "{breaker: {slow_call: {over: 1m}, open_for: 1m, half_open: {probes: 1}, ramp: {steps: []}}}",
+            ),
+        ] {
+            let put = settings(&mut Refusal::default(), &message(breaker(kind)));
+            assert_eq!(put, Some(text.parse().unwrap()), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_mistake_in_a_breaker_is_told_by_field() {
+        let refused = |policy: v1::Policy| {
+            let mut refusal = Refusal::default();
+            settings(&mut refusal, &policy);
+            let status = Status::from(refusal);
+            assert_eq!(status.code(), Code::InvalidArgument);
+            status.message().to_owned()
+        };
+        let time = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+        let slow = |over, rate_basis_points| Some(v1::SlowCall { over, rate_basis_points });
+        let ramp = |steps: &[u32]| Some(v1::Ramp { steps_basis_points: steps.into(), each: None });
+        type Change = fn(&mut v1::Breaker);
+        let wrong: [(Change, &str); 8] = [
+            (|breaker| breaker.count = Some(0), "count: `count` is 0, outside 1 to 1000"),
+            (|breaker| breaker.min_calls = Some(0), "min_calls: `min_calls` is 0"),
+            (|breaker| breaker.min_reporters = Some(33), "min_reporters: "),
+            (|breaker| breaker.failure_rate_basis_points = Some(0), "failure_rate_basis_points: "),
+            (
+                |breaker| breaker.failure_rate_basis_points = Some(10_001),
+                "failure_rate_basis_points: 10001 basis points; at most 10,000",
+            ),
+            (
+                |breaker| (breaker.count, breaker.consecutive_failures) = (Some(5), Some(5)),
+                "window: `window`, `count`, `consecutive_failures`: a circuit is judged by one",
+            ),
+            (
+                |breaker| {
+                    let probes = Some(0);
+                    breaker.half_open = Some(v1::HalfOpen { probes, ..Default::default() });
+                },
+                "half_open.probes: `half_open.probes` is 0, outside 1 to 1000",
+            ),
+            (
+                |breaker| {
+                    let factor_hundredths = Some(u32::MAX);
+                    breaker.backoff = Some(v1::Backoff { factor_hundredths, ..Default::default() });
+                },
+                "backoff.factor_hundredths: ",
+            ),
+        ];
+        let mut wrong: Vec<_> = wrong
+            .map(|(change, words)| {
+                let mut breaker = v1::Breaker::default();
+                change(&mut breaker);
+                (breaker, words)
+            })
+            .into();
+        let default = v1::Breaker::default;
+        wrong.extend([
+            (v1::Breaker { window: time(-1), ..default() }, "window: a length of time is not"),
+            (v1::Breaker { open_for: time(0), ..default() }, "open_for: `open_for` is 0ns"),
+            (v1::Breaker { slow_call: slow(None, None), ..default() }, "slow_call.over: required"),
+            (
+                v1::Breaker { slow_call: slow(time(1), Some(0)), ..default() },
+                "slow_call.rate_basis_points: `slow_call.rate` is 0%",
+            ),
+            (v1::Breaker { ramp: ramp(&[2, 2]), ..default() }, "ramp.steps_basis_points: `ramp.st"),
+            (v1::Breaker { ramp: ramp(&[1; 9]), ..default() }, "ramp.steps_basis_points: `ramp.st"),
+            (
+                v1::Breaker { ramp: ramp(&[1, 10_001]), ..default() },
+                "ramp.steps_basis_points[1]: 10001 basis points",
+            ),
+        ]);
+        for (breaker, words) in wrong {
+            let kind = Some(policy::Kind::Breaker(breaker.clone()));
+            let told = refused(v1::Policy { kind, ..Default::default() });
+            assert!(told.starts_with(&format!("policy.breaker.{words}")), "{words}: {told}");
+            let kind = Some(policy_override::Kind::Breaker(breaker));
+            let selector = Some(policy_override::Selector::Key("vip".into()));
+            let kinds = Some(policy::Kind::Breaker(default()));
+            let overrides = vec![v1::PolicyOverride { selector, kind }];
+            let told = refused(v1::Policy { kind: kinds, overrides, ..Default::default() });
+            let words = format!("policy.overrides[0].breaker.{words}");
+            assert!(told.starts_with(&words), "{words}: {told}");
+        }
+    }
+
+    #[test]
+    fn what_only_limiters_have_is_refused_of_a_breaker_by_field() {
+        type Change = fn(&mut v1::Policy);
+        let wrong: [(Change, &str); 8] = [
+            (
+                |policy| policy.shadow = true,
+                "policy.shadow: `shadow` beside a breaker: circuits have",
+            ),
+            (|policy| policy.reserves = Some(v1::Reserves::default()), "policy.reserves: "),
+            (|policy| policy.durability = 1, "policy.durability: "),
+            (|policy| policy.max_debt = Some(0), "policy.max_debt: "),
+            (|policy| policy.lease_time = Some(duration(Duration::ZERO)), "policy.lease_time: "),
+            (|policy| policy.max_waiting = Some(0), "policy.max_waiting: "),
+            (|policy| policy.max_cells = Some(100_001), "policy.max_cells: `max_cells` is 100001"),
+            (
+                |policy| {
+                    let limiter: Policy =
+                        "{retry_budget: {}, overrides: [{key: a, retry_budget: {}}]}"
+                            .parse()
+                            .unwrap();
+                    policy.overrides = message(&limiter).overrides;
+                },
+                "policy.overrides: `overrides`: key `a`: a limiter, and the policy is a breaker",
+            ),
+        ];
+        for (change, words) in wrong {
+            let mut message = message(&"{breaker: {}}".parse().unwrap());
+            change(&mut message);
+            let mut refusal = Refusal::default();
+            assert_eq!(settings(&mut refusal, &message), None);
+            let status = Status::from(refusal);
+            assert_eq!(status.code(), Code::InvalidArgument);
+            assert!(status.message().starts_with(words), "{words}: {}", status.message());
         }
     }
 
