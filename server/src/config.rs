@@ -776,6 +776,7 @@ mod tests {
     fn a_policy_that_cannot_judge_a_rule_is_refused_and_one_that_is_not_there_is_noted() {
         let with = |judge: &str| {
             let policies = "quota: {token_bucket: {limit: 1, per: 1s}}, jobs: {concurrency: {limit: 4}}, \
+                            circuits: {breaker: {}}, \
                             mixed: {token_bucket: {limit: 1, per: 1s}, overrides: [{key: a, retry_budget: {}}]}";
             let text = format!(
                 "namespaces: {{partner: {{policies: {{{policies}}}}}}}\nenvoy_ratelimit: {{config_dir: rules, \
@@ -787,6 +788,10 @@ mod tests {
         for (judge, words) in [
             ("partner/jobs", "policy `partner/jobs` counts permits: only rates and windows"),
             ("partner/mixed", "policy `partner/mixed` counts retries: only rates and windows"),
+            (
+                "partner/circuits",
+                "policy `partner/circuits` counts failures: only rates and windows",
+            ),
         ] {
             let error = with(judge).unwrap_err().to_string();
             let field = "some.yaml: `envoy_ratelimit.domains.edge.policies.path`: ";

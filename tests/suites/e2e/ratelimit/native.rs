@@ -3,8 +3,8 @@
 use fusebox_proto::{
     envoy::service::ratelimit::v3::rate_limit_response::{RateLimit, rate_limit::Unit},
     v1::{
-        Concurrency, DeletePolicyRequest, FixedWindow, Policy, PutPolicyRequest, RetryBudget,
-        admin_client::AdminClient, policy::Kind,
+        Breaker, Concurrency, DeletePolicyRequest, FixedWindow, Policy, PutPolicyRequest,
+        RetryBudget, admin_client::AdminClient, policy::Kind,
     },
 };
 use tonic::{Code, Status};
@@ -99,10 +99,11 @@ async fn a_policy_that_only_watches_denies_nothing_and_takes_back_what_comes_bac
 #[tokio::test]
 async fn a_policy_that_cannot_judge_is_refused_and_one_that_is_not_there_fails_its_rule_alone() {
     let policy = "plan: {fixed_window: {limit: 3, per: 1m}}";
-    let server = serve(&["calls", "retries", "plan"], policy).await;
+    let server = serve(&["calls", "retries", "circuits", "plan"], policy).await;
     for (name, kind) in [
         ("calls", Kind::Concurrency(Concurrency { limit: Some(4), ttl: None })),
         ("retries", Kind::RetryBudget(RetryBudget::default())),
+        ("circuits", Kind::Breaker(Breaker::default())),
     ] {
         let refused = put(&server, name, kind).await.unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition);
