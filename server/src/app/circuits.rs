@@ -206,7 +206,8 @@ impl<'a> Crossings<'a> {
             // It would be closed: nothing comes to be there for a look.
             place if crossing.peeks && !locked.has(place) => {
                 let absent = Circuit::new(circuits.absent(), place.breaker, now);
-                let view = circuits.turn(place.breaker, now, |turn| absent.view(turn));
+                let view =
+                    circuits.turn((place.cell, place.breaker), now, |turn| absent.view(turn));
                 Some((Passage::Free, view))
             }
             place => locked.ask(place, now),

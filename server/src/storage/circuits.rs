@@ -46,7 +46,7 @@ pub struct Circuits {
     /// Those of each breaker.
     by_breaker: Mutex<HashMap<PolicyName, usize>>,
     /// What jitter is drawn from.
-    draws: AtomicU64,
+    seed: u64,
     boards: Boards,
     /// Wakes the writer; one waiting word is enough.
     wake: SyncSender<()>,
@@ -63,6 +63,8 @@ struct Shard {
     queued: Vec<CellId>,
     /// Who waits for what is queued.
     waiting: Vec<oneshot::Sender<Result<(), StorageError>>>,
+    /// The revision of the policies by which housekeeping last looked at all of them.
+    looked_at: u64,
 }
 
 /// The names of a circuit.
@@ -121,6 +123,13 @@ impl Entry {
         !self.queued && !self.in_flight
     }
 
+    /// Whether nobody will miss it, who has not used it for long.
+    fn is_over(&self, now: Time) -> bool {
+        let last = self.circuit.history().last().map(|transition| transition.at);
+        let is_remembered = last.is_some_and(|at| at.after(limits::CIRCUIT_REMEMBERED) > now);
+        !is_remembered && self.is_written() && self.circuit.is_idle(now)
+    }
+
     /// Whether it differs from one that is not there, for a start to find.
     fn has_record(&self) -> bool {
         self.circuit.history().len() > 0
@@ -143,7 +152,7 @@ impl Circuits {
             absent: AtomicU64::new(first),
             live: AtomicUsize::new(0),
             by_breaker: Mutex::default(),
-            draws: AtomicU64::new(seed),
+            seed,
             boards: Boards::new(boot),
             wake,
             tended: AtomicUsize::new(0),
@@ -246,9 +255,14 @@ impl Circuits {
     }
 
     /// The turn of a circuit of that breaker.
-    pub fn turn<T>(&self, breaker: &Breaker, now: Time, take: impl FnOnce(Turn<'_>) -> T) -> T {
+    pub fn turn<T>(
+        &self,
+        (cell, breaker): (CellId, &Breaker),
+        now: Time,
+        take: impl FnOnce(Turn<'_>) -> T,
+    ) -> T {
         let generations = || self.next_generation();
-        take(Turn { breaker, now, draw: self.draw(), generations: &generations })
+        take(Turn { breaker, now, draw: self.draw(cell, now), generations: &generations })
     }
 
     /// One bounded round of housekeeping: what was due happens, and circuits leave that nobody has used for long,
@@ -264,8 +278,14 @@ impl Circuits {
             Some(Arc::clone(breakers.of(&entry.name.key)))
         };
         let mut left = Vec::new();
-        let Shard { circuits, queued, .. } = &mut *shard;
+        let Shard { circuits, queued, looked_at, .. } = &mut *shard;
+        let is_known = std::mem::replace(looked_at, catalogue.revision) == catalogue.revision;
         for (cell, entry) in &mut *circuits {
+            // Nearly all: this is all that is done under the lock.
+            let unused = entry.used_at.after(limits::CIRCUIT_LINGERS) <= now;
+            if is_known && !unused && !entry.circuit.is_timed() {
+                continue;
+            }
             let Some(breaker) = breaker_of(entry) else {
                 left.push(*cell);
                 continue;
@@ -276,7 +296,7 @@ impl Circuits {
                     false
                 });
             }
-            if entry.is_written() && self.is_over(entry, now) {
+            if unused && entry.is_over(now) {
                 left.push(*cell);
             }
         }
@@ -288,14 +308,6 @@ impl Circuits {
         if !queued.is_empty() {
             let _ = self.wake.try_send(());
         }
-    }
-
-    /// Whether nobody will miss a circuit.
-    fn is_over(&self, entry: &Entry, now: Time) -> bool {
-        let last = entry.circuit.history().last().map(|transition| transition.at);
-        let remembered = last.is_none_or(|at| at.after(limits::CIRCUIT_REMEMBERED) <= now);
-        let unused = entry.used_at.after(limits::CIRCUIT_LINGERS) <= now;
-        unused && remembered && entry.circuit.is_idle(now)
     }
 
     /// A circuit has left.
@@ -325,7 +337,7 @@ impl Circuits {
         queued: &mut Vec<CellId>,
         change: impl FnOnce(&mut Circuit, Turn<'_>) -> bool,
     ) {
-        self.turn(breaker, now, |turn| {
+        self.turn((entry.name.cell, breaker), now, |turn| {
             let before = entry.circuit.generation();
             let changed = change(&mut entry.circuit, turn);
             if changed || entry.circuit.generation() != before {
@@ -348,11 +360,11 @@ impl Circuits {
         Generation(self.latest.fetch_add(1, Ordering::AcqRel) + 1)
     }
 
-    /// Thirty-two bits that are like drawn ones: nothing depends on nobody guessing them. (SplitMix64, Steele,
-    /// Lea and Flood 2014.)
-    fn draw(&self) -> u32 {
-        let seed = self.draws.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
-        let mixed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    /// Thirty-two bits that are like drawn ones, of a circuit at a moment: nothing depends on nobody guessing them.
+    /// (The finalizer of SplitMix64, Steele, Lea and Flood 2014.)
+    const fn draw(&self, cell: CellId, now: Time) -> u32 {
+        let mixed = self.seed ^ cell.0[1] ^ now.as_nanos();
+        let mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         #[allow(clippy::cast_possible_truncation)] // the high half
         let draw = (mixed >> 32) as u32;
@@ -398,7 +410,7 @@ impl Circuits {
         let mut taken = Taken::default();
         for shard in &self.shards {
             let mut shard = shard.lock();
-            let Shard { circuits, queued, waiting: here } = &mut *shard;
+            let Shard { circuits, queued, waiting: here, .. } = &mut *shard;
             waiting.append(here);
             for cell in queued.drain(..) {
                 let key = cell.to_bytes();
@@ -436,7 +448,7 @@ impl Circuits {
     /// Puts a circuit that an earlier start has left.
     pub(super) fn restore(&self, place: &Place<'_>, kept: Kept, now: Time) {
         let mut shard = self.shards[shard_of(place.cell)].lock();
-        let entry = self.turn(place.breaker, now, |turn| {
+        let entry = self.turn((place.cell, place.breaker), now, |turn| {
             let circuit = Circuit::recovered(kept, turn);
             Entry::new(place, circuit, turn)
         });
@@ -488,7 +500,7 @@ impl Locked<'_> {
             if !circuits.make_room(place) {
                 return None;
             }
-            let entry = circuits.turn(place.breaker, now, |turn| {
+            let entry = circuits.turn((place.cell, place.breaker), now, |turn| {
                 Entry::new(place, Circuit::new(circuits.absent(), place.breaker, now), turn)
             });
             entries.insert(place.cell, entry);
