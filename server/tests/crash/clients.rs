@@ -84,7 +84,7 @@ impl Callers {
 
 /// The server went away, or goes: what was asked was perhaps charged. Anything else is a mistake of its.
 #[allow(clippy::needless_pass_by_value)] // so that `unwrap_or_else` takes it as it is
-fn no_answer(status: Status) {
+pub fn no_answer(status: Status) {
     let gone = [Code::Unavailable, Code::Cancelled, Code::Unknown, Code::Internal];
     assert!(gone.contains(&status.code()), "{status:?}");
 }

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod chance;
+mod circuits;
 mod clients;
 mod history;
 mod ledger;
@@ -25,12 +26,18 @@ const fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// Runs so many histories of a plan at once.
-fn histories(count: u64, plan: &Plan) {
+/// The seed of the first history, which is told.
+fn first_seed() -> u64 {
     let first = std::env::var(SEED).ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
         SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() % 1_000_000
     });
     println!("{SEED}={first}");
+    first
+}
+
+/// Runs so many histories of a plan at once.
+fn histories(count: u64, plan: &Plan) {
+    let first = first_seed();
     thread::scope(|scope| {
         for seed in first..first + count {
             // The name is what a panic tells.
@@ -63,4 +70,10 @@ fn what_is_relaxed_is_admitted_again_for_no_more_than_the_last_second() {
     let ends = Ends { open: 0, serving: 10, drain: 0, clean: 1, rotation: 0 };
     assert_eq!(ends.kills(), 10);
     histories(1, &Plan { ends, life: millis(1_200)..millis(2_500), keys: 2, ballast: 0 });
+}
+
+#[test]
+fn what_was_told_of_circuits_holds_whenever_it_is_killed() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.unwrap().block_on(circuits::run(first_seed()));
 }

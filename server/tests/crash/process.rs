@@ -61,15 +61,20 @@ impl Process {
 
     /// Waits until it serves, and connects.
     pub async fn ready(&mut self) -> Client {
-        if let Ok(Some(client)) = timeout(PATIENCE, self.connect_when_ready()).await {
-            return client;
+        ResilienceClient::new(self.connected().await)
+    }
+
+    /// The same, to whatever service.
+    pub async fn connected(&mut self) -> Channel {
+        if let Ok(Some(channel)) = timeout(PATIENCE, self.connect_when_ready()).await {
+            return channel;
         }
         // All that it says, also of its end.
         let _ = timeout(Duration::from_secs(1), &mut self.logging).await;
         panic!("it does not start: {}", *self.log.borrow());
     }
 
-    async fn connect_when_ready(&mut self) -> Option<Client> {
+    async fn connect_when_ready(&mut self) -> Option<Channel> {
         let mut lines = BufReader::new(self.child.stdout.as_mut()?).lines();
         let address = loop {
             let line = lines.next_line().await.ok()??;
@@ -83,7 +88,7 @@ impl Process {
         let mut health =
             HealthClient::new(channel.clone()).watch(HealthCheckRequest { service }).await.ok()?;
         while health.get_mut().message().await.ok()??.status() != ServingStatus::Serving {}
-        Some(ResilienceClient::new(channel))
+        Some(channel)
     }
 
     /// Waits until it says this; false if it ends before.
