@@ -838,3 +838,20 @@ impl fmt::Display for PolicyName {
         write!(f, "{}/{}", self.namespace, self.policy)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_has_its_own_breaker_or_that_of_its_longest_prefix() {
+        let policy = "{breaker: {}, max_cells: 7, overrides: [{prefix: a, breaker: {min_calls: 1}}, \
+                      {prefix: a/b, breaker: {min_calls: 2}}, {key: a/b/c, breaker: {min_calls: 3}}]}";
+        let Ok(config::Policy::Breaker(policy)) = policy.parse() else { panic!("{policy}") };
+        let breakers = breakers(&policy);
+        let keys = ["", "b", "a", "a/c", "a/b", "a/b/c/d", "a/b/c"];
+        let min_calls = keys.map(|key| breakers.of(key).min_calls);
+        assert_eq!(min_calls, [20, 20, 1, 1, 2, 2, 3]);
+        assert_eq!(breakers.most, 7);
+    }
+}
