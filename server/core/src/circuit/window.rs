@@ -231,7 +231,7 @@ impl Reporters {
         one.slices.slice(newest).add(counts);
     }
 
-    /// The place of a reporter: its own, one that nobody uses any more, or that of all others.
+    /// The place of a reporter: its own, that of who told nothing for longest, or that of all others.
     fn tracked(&mut self, reporter: Reporter<'_>, now: Time) -> &mut Tracked {
         let Reporter { id, zone } = reporter;
         let new = |id: &str, zone: &str| Tracked {
@@ -244,8 +244,9 @@ impl Reporters {
             return &mut self.tracked[place];
         }
         if self.tracked.len() == MAX_REPORTERS {
-            let absent = self.seen(now).take(MAX_REPORTERS).position(|one| one.counts.calls == 0);
-            let Some(place) = absent else {
+            let places = self.seen(now).take(MAX_REPORTERS).enumerate();
+            let silent = places.filter(|(_, one)| one.counts.calls == 0);
+            let Some((place, _)) = silent.min_by_key(|(_, one)| one.by.told_at) else {
                 return self.others.get_or_insert_with(|| Box::new(new("", "")));
             };
             self.tracked.swap_remove(place);
@@ -339,15 +340,17 @@ mod tests {
     }
 
     #[test]
-    fn a_reporter_without_calls_gives_its_place_up() {
+    fn who_has_no_calls_and_told_nothing_for_longest_gives_its_place_up() {
         let mut reporters = full(at(SECOND));
         let later = at(SECOND * 12);
         reporters.count(Reporter { id: "5", zone: "" }, FAILED, later);
+        // The first says that it is there: the second is who told nothing for longest.
+        reporters.count(Reporter { id: "0", zone: "" }, Counts::default(), later);
         reporters.count(Reporter { id: "new", zone: "west" }, FAILED, later);
         let called = reporters.seen(later).filter(|one| one.counts.calls > 0);
         assert!(called.map(|one| &*one.by.id).eq(["5", "new"]));
         assert_eq!(reporters.tracked.len(), MAX_REPORTERS);
-        assert!(reporters.tracked.iter().all(|one| &*one.id != "0"), "the first without calls");
+        assert!(reporters.tracked.iter().all(|one| &*one.id != "1"));
     }
 
     #[test]
