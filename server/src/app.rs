@@ -1,6 +1,8 @@
 //! What callers can do: the server without its transport.
 
 pub mod admin;
+#[cfg(test)]
+mod by_hand;
 mod circuits;
 mod clients;
 pub mod events;
@@ -13,11 +15,12 @@ mod report;
 mod requests;
 pub mod top_keys;
 mod waiting;
+mod watch;
 
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -46,6 +49,7 @@ pub use self::{
     report::{Renewed, Report, ReportError, Reported, Reports},
     requests::{Begun, InProgress, Joined, RequestKey, Requests, Share},
     waiting::Waiting,
+    watch::{News, Watch, WatchError, Watched},
 };
 use crate::{
     catalogue::{Catalogue, Namespace, Policy},
@@ -274,6 +278,8 @@ pub struct App {
     reports: Reports,
     rule_loads: RuleLoads,
     passed_in_shadow: AtomicU64,
+    /// Streams that watch circuits.
+    watchers: Arc<AtomicUsize>,
     desk: Desk,
 }
 
@@ -334,6 +340,7 @@ impl App {
             reports: Reports::default(),
             rule_loads,
             passed_in_shadow: AtomicU64::new(0),
+            watchers: Arc::default(),
             desk,
         }
     }

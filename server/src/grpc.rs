@@ -8,21 +8,22 @@ mod parse;
 pub mod ratelimit;
 mod respond;
 mod status;
+mod watch;
 
 use std::sync::Arc;
 
 use fusebox_proto::v1::{
     AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, ReportRequest,
-    ReportResponse, resilience_server::Resilience,
+    ReportResponse, WatchRequest, resilience_server::Resilience,
 };
 use tonic::{Request, Response, Status};
 
-pub use self::once::Answers;
 use self::{
     delivery::{Delivery, Ended},
     once::Turn,
     respond::Reply,
 };
+pub use self::{once::Answers, watch::Messages};
 use crate::{
     app::{Acquired, App, Caller, Principal},
     lifecycle::{Lifecycle, Phase},
@@ -192,13 +193,13 @@ impl Resilience for Service {
         Ok(delivered(AcquireBatchResponse { responses }, together(deliveries)))
     }
 
-    type WatchStream = tonic::codegen::BoxStream<fusebox_proto::v1::WatchResponse>;
+    type WatchStream = Messages;
 
-    async fn watch(
-        &self,
-        _: Request<fusebox_proto::v1::WatchRequest>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
-        Err(Status::unimplemented("not yet"))
+    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Messages>, Status> {
+        let (app, caller) = self.arrive()?;
+        let watched = parse::watch(request.get_ref())?;
+        let watch = app.watch_circuits(caller, &watched).map_err(|error| status::watch(&error))?;
+        Ok(Response::new(Messages::of(watch)))
     }
 
     async fn report(

@@ -411,3 +411,21 @@ pub const CIRCUIT_REMEMBERED: Duration = Duration::from_secs(24 * 60 * 60);
 /// Latest changes of a namespace's circuits that are known by name: who watches and is further behind begins
 /// anew.
 pub const WATCH_LOG: usize = 1_024;
+
+/// Streams that watch circuits: one for each process of a large fleet. Each is some kilobytes, and a message that it
+/// may not take.
+pub const WATCHERS: usize = 10_000;
+
+/// Breakers that one of them may name: who wants more watches the namespace.
+pub const WATCH_POLICIES: usize = 64;
+
+/// Circuits of one message to those who watch: of the longest names and evidence each is some 2.5 kB, so together
+/// they are below [`MESSAGE_BYTES`].
+pub const WATCH_CIRCUITS: usize = 256;
+
+/// Silence after which those who watch are told that nothing changed.
+pub const WATCH_HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// How long those who watch may believe what they were told: a few heartbeats, so that a message that is late does
+/// not leave each client to its own breaker, and short enough that a server that is gone is soon not believed.
+pub const WATCH_VALID: Duration = Duration::from_secs(5);

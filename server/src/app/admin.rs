@@ -924,57 +924,18 @@ impl fmt::Display for Holding {
 
 #[cfg(test)]
 mod tests {
-    use tokio_util::sync::CancellationToken;
-
     use super::*;
-    use crate::{
-        app::{Acquire, Ask, Entry, Life, Priority},
-        clock::Clock,
-        config::Config,
-        entropy::SystemEntropy,
-        storage::{self, Recovered, Start, journal::Nothing},
+    use crate::app::{
+        Acquire, Ask, Entry, Priority,
+        by_hand::{ByHand, app},
     };
-
-    /// Both clocks, which a test moves on.
-    #[derive(Debug)]
-    struct ByHand(Mutex<Duration>);
-
-    impl Clock for ByHand {
-        fn monotonic(&self) -> Duration {
-            *self.0.lock()
-        }
-
-        fn wall(&self) -> Duration {
-            *self.0.lock()
-        }
-    }
-
-    fn app(policy: &str, clock: &Arc<ByHand>) -> App {
-        let config = format!("namespaces: {{test: {{policies: {{policy: {policy}}}}}}}");
-        let config = Config::parse("test.yaml", &config).unwrap();
-        let recovered = storage::recover(Start {
-            journal: Nothing::open(),
-            accept_loss: false,
-            namespaces: &config.namespaces,
-            rules: None,
-            durability: Durability::Strict,
-            clock: Arc::clone(clock) as Arc<_>,
-            entropy: &SystemEntropy,
-        });
-        let Recovered {
-            catalogue, cells, circuits, grants, operations, clock, boot, secret, ..
-        } = recovered.unwrap();
-        let draining = CancellationToken::new();
-        let life = Life { boot, secret, circuits, open: grants, draining, operations };
-        App::new(catalogue, cells, clock, Arc::new(SystemEntropy), life)
-    }
 
     #[test]
     fn a_key_is_listed_until_the_last_of_its_limits_is_full() {
-        let clock = Arc::new(ByHand(Mutex::new(Duration::from_secs(1_790_000_000))));
-        let both =
-            "{limits: [{token_bucket: {limit: 5, per: 1m}}, {token_bucket: {limit: 5, per: 1h}}]}";
-        let app = app(both, &clock);
+        let clock = Arc::<ByHand>::default();
+        let (minute, hour) =
+            ("{token_bucket: {limit: 5, per: 1m}}", "{token_bucket: {limit: 5, per: 1h}}");
+        let (app, _) = app(&format!("policy: {{limits: [{minute}, {hour}]}}"), &clock);
         let ask = Ask { policy: "policy", key: "alice", cost: 1, estimated: false, lease: 0 };
         let entry = Entry { asks: [ask], priority: Priority::Normal, retry: false };
         let acquire = Acquire { namespace: "test", client: None, entry };
@@ -982,7 +943,7 @@ mod tests {
 
         let name = PolicyName::new("test", "policy");
         let listed_after = |seconds| {
-            *clock.0.lock() += Duration::from_secs(seconds);
+            clock.advance(Duration::from_secs(seconds));
             for _ in 0..limits::CELL_SHARDS {
                 app.tend().unwrap();
             }

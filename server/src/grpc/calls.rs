@@ -43,11 +43,12 @@ struct Method {
 }
 
 /// Every method served, the hot one first.
-const METHODS: [Method; 21] = [
+const METHODS: [Method; 25] = [
     Method { name: "fusebox.v1.Resilience/Acquire", streams: false },
     Method { name: "envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit", streams: false },
     Method { name: "fusebox.v1.Resilience/AcquireBatch", streams: false },
     Method { name: "fusebox.v1.Resilience/Report", streams: false },
+    Method { name: "fusebox.v1.Resilience/Watch", streams: true },
     Method { name: "fusebox.v1.Admin/PutPolicy", streams: false },
     Method { name: "fusebox.v1.Admin/GetPolicy", streams: false },
     Method { name: "fusebox.v1.Admin/ListPolicies", streams: false },
@@ -58,6 +59,9 @@ const METHODS: [Method; 21] = [
     Method { name: "fusebox.v1.Admin/ResetBucket", streams: false },
     Method { name: "fusebox.v1.Admin/ListClients", streams: false },
     Method { name: "fusebox.v1.Admin/ReleaseGrant", streams: false },
+    Method { name: "fusebox.v1.Admin/ListCircuits", streams: false },
+    Method { name: "fusebox.v1.Admin/InspectCircuit", streams: false },
+    Method { name: "fusebox.v1.Admin/SetCircuitMode", streams: false },
     Method { name: "fusebox.v1.Admin/ListEvents", streams: false },
     Method { name: "fusebox.v1.Admin/ServerInfo", streams: false },
     Method { name: "grpc.health.v1.Health/Check", streams: false },

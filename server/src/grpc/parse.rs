@@ -4,11 +4,12 @@ use std::{collections::HashMap, time::Duration};
 
 use fusebox_proto::v1::{
     self, AcquireBatchRequest, AcquireRequest, Ask, GrantOutcome, Priority, ReportRequest,
+    WatchRequest,
 };
 
 use super::status::Refusal;
 use crate::{
-    app::{self, Acquire, Batch, Client, Entry, GrantName, Report, Told, Waiting},
+    app::{self, Acquire, Batch, Client, Entry, GrantName, Report, Told, Waiting, Watched},
     limits,
 };
 
@@ -179,6 +180,28 @@ pub(super) fn report(request: &ReportRequest) -> Result<Report<'_>, Refusal> {
         client: request.client.as_ref().map(accepted_client),
         outcomes: outcomes.iter().map(accepted_outcome).collect(),
         renewals: renewals.iter().map(|id| id.parse().ok()).collect(),
+    })
+}
+
+/// What is to be watched.
+pub(super) fn watch(request: &WatchRequest) -> Result<Watched<'_>, Refusal> {
+    let mut refusal = Refusal::default();
+    refusal.required(&request.namespace, "namespace", || "namespace".into());
+    client(&mut refusal, request.client.as_ref());
+    let policies = &request.policies;
+    if policies.len() > limits::WATCH_POLICIES {
+        let (count, most) = (policies.len(), limits::WATCH_POLICIES);
+        let message = format!("{count} policies; at most {most}, or none for all of the namespace");
+        refusal.violation("policies", message);
+    }
+    for (index, policy) in policies.iter().enumerate() {
+        refusal.required(policy, "policy", || format!("policies[{index}]"));
+    }
+    refusal.or_else(|| Watched {
+        namespace: &request.namespace,
+        client: request.client.as_ref().map(accepted_client),
+        policies,
+        known: (request.epoch, request.version),
     })
 }
 

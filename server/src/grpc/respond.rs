@@ -4,15 +4,18 @@ use std::time::Duration;
 
 use fusebox_core::{
     Admission, Reason, Time,
-    circuit::{self, Mode, Passage, Refusal, State, View},
+    circuit::{self, Generation, Mode, Passage, Refusal, State, View},
 };
 use fusebox_proto::v1::{
     self, AcquireResponse, CircuitMode, CircuitState, CircuitStatus, Decision, Renewal,
-    ReportResponse, ReportResult, Verdict,
+    ReportResponse, ReportResult, Verdict, WatchResponse,
 };
 
-use crate::app::{Acquired, Crossed, Granted, Renewed, Reported};
-use crate::storage::CircuitName;
+use crate::{
+    app::{Acquired, Crossed, Granted, News, Renewed, Reported},
+    limits,
+    storage::CircuitName,
+};
 
 /// The answer to an Acquire, and what has to be known of it beside.
 pub(super) struct Reply {
@@ -112,6 +115,37 @@ const fn refusal_reason(refusal: Refusal) -> v1::Reason {
         Refusal::ForcedOpen => v1::Reason::CircuitForcedOpen,
         Refusal::ProbesInUse => v1::Reason::ProbesInUse,
         Refusal::Ramping => v1::Reason::Ramping,
+    }
+}
+
+/// What a watcher is told at once.
+pub(super) fn news(news: News) -> WatchResponse {
+    let News { epoch, version, snapshot, complete, circuits, absent, elapsed, now } = news;
+    let circuits = circuits.iter().map(|(name, view)| match view {
+        Some(view) => circuit_status(name, view, now),
+        None => absent_status(name, absent),
+    });
+    WatchResponse {
+        epoch,
+        version,
+        snapshot,
+        complete,
+        circuits: circuits.collect(),
+        generation: absent.0,
+        elapsed: Some(duration(elapsed)),
+        valid_for: Some(duration(limits::WATCH_VALID)),
+    }
+}
+
+/// A circuit that is not there.
+fn absent_status(name: &CircuitName, absent: Generation) -> CircuitStatus {
+    CircuitStatus {
+        policy: name.breaker.policy.to_string(),
+        key: name.key.to_string(),
+        state: CircuitState::Closed.into(),
+        mode: CircuitMode::Normal.into(),
+        generation: absent.0,
+        ..CircuitStatus::default()
     }
 }
 

@@ -5,7 +5,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 use super::parse::in_entry;
 use crate::{
-    app::{AcquireError, RatelimitError, ReportError, admin::AdminError},
+    app::{AcquireError, RatelimitError, ReportError, WatchError, admin::AdminError},
     limits,
     storage::StorageError,
 };
@@ -112,6 +112,20 @@ pub(super) fn report(error: &ReportError) -> Status {
     }
 }
 
+/// The status of circuits that cannot be watched.
+pub(super) fn watch(error: &WatchError) -> Status {
+    let field = |index: usize| format!("policies[{index}]");
+    match error {
+        WatchError::UnknownNamespace(namespace) => not_found("namespace", namespace, None),
+        WatchError::UnknownPolicy { index, policy } => {
+            not_found("policy", policy, Some(field(*index)))
+        }
+        WatchError::NotABreaker { index, .. } => wrong(field(*index), error.to_string()),
+        WatchError::TooManyWatchers => Status::resource_exhausted(error.to_string()),
+        WatchError::Storage(error) => storage(error),
+    }
+}
+
 /// The status of a proxy's request that could not be decided.
 pub(super) fn ratelimit(error: &RatelimitError) -> Status {
     match error {
@@ -141,7 +155,8 @@ pub(super) fn admin(error: &AdminError) -> Status {
     }
 }
 
-fn storage(error: &StorageError) -> Status {
+/// The status of what the storage did not do.
+pub(super) fn storage(error: &StorageError) -> Status {
     match error {
         StorageError::Behind(_) | StorageError::Noted(_) => {
             Status::resource_exhausted(error.to_string())

@@ -256,6 +256,22 @@ impl Circuits {
         Some(look(&entry.name, &entry.told, &entry.circuit))
     }
 
+    /// What who watches is told of a circuit; `None` of one that is as if it were not there.
+    pub fn told(&self, cell: CellId) -> Option<View> {
+        let shard = self.shards[shard_of(cell)].lock();
+        let entry = shard.circuits.get(&cell)?;
+        entry.has_record().then(|| entry.told.clone())
+    }
+
+    /// The circuits of a namespace that who watches is told of, of one part of all:
+    /// there are [`CIRCUIT_SHARDS`](limits::CIRCUIT_SHARDS) parts.
+    pub fn told_in(&self, part: usize, namespace: &str) -> Vec<Arc<CircuitName>> {
+        let shard = self.shards[part].lock();
+        let of_it = |entry: &&Entry| *entry.name.breaker.namespace == *namespace;
+        let told = shard.circuits.values().filter(of_it).filter(|entry| entry.has_record());
+        told.map(|entry| Arc::clone(&entry.name)).collect()
+    }
+
     /// Visits every circuit of a namespace as it is told of. Each shard is locked while it is visited.
     pub fn visit(
         &self,
@@ -400,14 +416,19 @@ impl Circuits {
         true
     }
 
-    fn check_alive(&self) -> Result<(), StorageError> {
+    /// Whether anything is decided any more.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_alive(&self) -> Result<(), StorageError> {
         self.over.get().cloned().map_or(Ok(()), Err)
     }
 
     /// Nothing is decided from here on, for this reason; if nothing is written any more, who waits is told.
-    pub(super) fn end(&self, why: &StorageError) {
+    pub(crate) fn end(&self, why: &StorageError) {
         // The first reason is the one to tell.
         let _ = self.over.set(why.clone());
+        self.boards.end();
         if matches!(why, StorageError::Failed(_)) {
             for shard in &self.shards {
                 for told in shard.lock().waiting.drain(..) {

@@ -1,7 +1,8 @@
 //! What is told to those who watch: which circuits changed, in order.
 //!
 //! A board remembers the latest changes by name, never what they were: who reads it looks the circuits up, so
-//! that a slow reader costs nothing and finds the present. One that is too far behind begins anew.
+//! that a slow reader costs nothing and finds the present. One that is too far behind begins anew. Versions begin
+//! at 1: who knows none says 0.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -13,6 +14,9 @@ use tokio::sync::watch;
 
 use super::CircuitName;
 use crate::limits;
+
+/// The version before any change.
+const FIRST: u64 = 1;
 
 /// The boards of all namespaces.
 pub struct Boards {
@@ -28,7 +32,6 @@ pub struct Board {
     version: watch::Sender<u64>,
 }
 
-#[derive(Default)]
 struct Latest {
     /// The version of the newest.
     version: u64,
@@ -46,13 +49,13 @@ impl Boards {
         self.epoch
     }
 
-    /// That of a namespace, of which there are as many as namespaces had breakers.
+    /// That of a namespace, of which there are as many as namespaces had circuits, or somebody who watches.
     pub fn of(&self, namespace: &Arc<str>) -> Arc<Board> {
         let mut boards = self.boards.lock();
         if let Some(board) = boards.get(namespace) {
             return Arc::clone(board);
         }
-        let board = Arc::new(Board { latest: Mutex::default(), version: watch::Sender::new(0) });
+        let board = Arc::new(Board::new());
         boards.insert(Arc::clone(namespace), Arc::clone(&board));
         board
     }
@@ -61,9 +64,21 @@ impl Boards {
     pub(super) fn tell(&self, name: &Arc<CircuitName>) {
         self.of(&name.breaker.namespace).tell(name);
     }
+
+    /// Wakes all who wait for a change, to find that there will be none.
+    pub(super) fn end(&self) {
+        for board in self.boards.lock().values() {
+            board.version.send_modify(|_| {});
+        }
+    }
 }
 
 impl Board {
+    fn new() -> Self {
+        let latest = Latest { version: FIRST, changes: VecDeque::new() };
+        Self { latest: Mutex::new(latest), version: watch::Sender::new(FIRST) }
+    }
+
     fn tell(&self, name: &Arc<CircuitName>) {
         let mut latest = self.latest.lock();
         if latest.changes.len() == limits::WATCH_LOG {
@@ -89,5 +104,61 @@ impl Board {
         let changes = latest.changes.range(known..);
         let changed = changes.filter(|name| seen.insert(name.cell)).cloned().collect();
         Some((changed, latest.version))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue::{CellId, PolicyName};
+
+    fn name(number: u64) -> Arc<CircuitName> {
+        let breaker = PolicyName::new("test", "target");
+        Arc::new(CircuitName { breaker, key: "".into(), cell: CellId([0, number]) })
+    }
+
+    fn since(board: &Board, version: u64) -> Option<(Vec<u64>, u64)> {
+        let (names, version) = board.since(version)?;
+        Some((names.iter().map(|name| name.cell.0[1]).collect(), version))
+    }
+
+    #[test]
+    fn what_changed_since_a_version_is_known_each_once() {
+        let board = Board::new();
+        assert_eq!(since(&board, 1), Some((vec![], 1)), "nothing yet");
+        for number in [7, 8, 7] {
+            board.tell(&name(number));
+        }
+        assert_eq!(since(&board, 1), Some((vec![7, 8], 4)));
+        assert_eq!(since(&board, 2), Some((vec![8, 7], 4)));
+        assert_eq!(since(&board, 4), Some((vec![], 4)));
+        assert_eq!(since(&board, 5), None, "yet to come");
+        assert_eq!(since(&board, 0), None, "whoever knows nothing is told all that is there");
+    }
+
+    #[test]
+    fn what_is_too_long_ago_is_not_known() {
+        let board = Board::new();
+        for number in 0..limits::WATCH_LOG as u64 {
+            board.tell(&name(number));
+        }
+        assert_eq!(since(&board, 1).map(|(names, _)| names.len()), Some(limits::WATCH_LOG));
+        board.tell(&name(0));
+        assert_eq!(since(&board, 1), None);
+        // Of those that are known one is there twice.
+        assert_eq!(since(&board, 2).map(|(names, _)| names.len()), Some(limits::WATCH_LOG));
+    }
+
+    #[tokio::test]
+    async fn who_waits_is_woken_by_a_change_and_by_the_end() {
+        let boards = Boards::new(9);
+        let board = boards.of(&"test".into());
+        let mut changes = board.subscribe();
+        boards.tell(&name(1));
+        changes.changed().await.unwrap();
+        assert_eq!(*changes.borrow_and_update(), 2);
+        boards.end();
+        changes.changed().await.unwrap();
+        assert_eq!(*changes.borrow_and_update(), 2);
     }
 }
