@@ -5,6 +5,7 @@ pub mod admin;
 mod by_hand;
 mod circuits;
 mod clients;
+mod deltas;
 pub mod events;
 mod grants;
 mod lessees;
@@ -13,6 +14,7 @@ mod priority;
 mod ratelimit;
 mod report;
 mod requests;
+mod sequences;
 pub mod top_keys;
 mod waiting;
 mod watch;
@@ -39,14 +41,16 @@ use self::{
     circuits::{Crossing, Crossings},
     grants::{Due, Grant, Owner, Part},
     lessees::Lessees,
+    sequences::Sequences,
 };
 pub use self::{
     circuits::{Crossed, Granted, Pass, PassName, Passes, Seen},
+    deltas::Delta,
     grants::{GrantId, GrantName, Grants, Told},
     line::{Attempt, Lines, Place, Stood},
     priority::Priority,
     ratelimit::{CurrentLimit, Descriptor, RatelimitError, RatelimitRequest, Ratelimited, Status},
-    report::{Renewed, Report, ReportError, Reported, Reports},
+    report::{Receipt, Renewed, Report, ReportError, Reported, Reports},
     requests::{Begun, InProgress, Joined, RequestKey, Requests, Share},
     waiting::Waiting,
     watch::{News, Watch, WatchError, Watched},
@@ -81,7 +85,7 @@ pub struct Caller {
 }
 
 /// The process that calls, as it names itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Client<'a> {
     /// New for each process.
     pub id: &'a str,
@@ -271,6 +275,7 @@ pub struct App {
     grants: Grants,
     /// Held while a grant that a crash forgot is taken over.
     attesting: Mutex<()>,
+    sequences: Sequences,
     lessees: Lessees,
     lines: Lines,
     clock: ServerClock,
@@ -333,6 +338,7 @@ impl App {
             circuits: life.circuits,
             grants,
             attesting: Mutex::default(),
+            sequences: Sequences::new(life.secret),
             lessees: Lessees::default(),
             lines: Lines::new(life.draining),
             clock,
@@ -526,6 +532,7 @@ impl App {
             self.settle(&due, now)?;
         }
         self.lessees.tend(now.time);
+        self.sequences.tend(now.time);
         self.tend_desk(now);
         Ok(())
     }

@@ -208,10 +208,10 @@ impl Resilience for Service {
     ) -> Result<Response<ReportResponse>, Status> {
         let (app, caller) = self.arrive()?;
         let request = request.into_inner();
-        let report = parse::report(&request)?;
-        let reported = app.report(caller, &report).await;
-        let (results, renewed) = reported.map_err(|error| status::report(&error))?;
-        Ok(Response::new(respond::reported(&results, &renewed, request.renew_grant_ids)))
+        let receipt = app.report(caller, &parse::report(&request)?).await;
+        let receipt = receipt.map_err(|error| status::report(&error))?;
+        let (ids, now) = (request.renew_grant_ids, caller.now.time);
+        Ok(Response::new(respond::reported(&receipt, ids, now)))
     }
 }
 

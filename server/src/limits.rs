@@ -16,6 +16,26 @@ pub const BATCH_ASKS: usize = 4_096;
 /// Outcomes in one report: as a batch.
 pub const REPORT_OUTCOMES: usize = 1_000;
 
+/// Deltas in one report, of as many circuits or retry budgets: as its outcomes.
+pub const REPORT_DELTAS: usize = 1_000;
+
+/// Calls of each kind that a delta counts: more than any process makes between two reports, and two of them still
+/// fit what a window counts with.
+pub const DELTA_CALLS: u64 = 1_000_000_000;
+
+/// Longest latency of a call that is told: longer ones are of calls that nobody waits for.
+pub const LATENCY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Bytes of a kind of failure: the name of an exception or of a status.
+pub const ERROR_KIND_BYTES: usize = 64;
+
+/// Buckets of latencies, and kinds of failure of one delta: the core's.
+pub use fusebox_core::circuit::{LATENCIES, MAX_KINDS as ERROR_KINDS};
+
+/// Time that a circuit is believed to be as the answer to a report says: a client without a Watch reports many
+/// times in it, and one that hears no more is soon left to its own breaker.
+pub const STATUS_VALID: Duration = Duration::from_secs(5);
+
 /// Bytes of one message from a client: four times the largest sensible batch. From a proxy it holds all headers that
 /// one takes, 60 KiB, in each of 16 descriptors; a message that is refused may pass the proxy uncounted.
 pub const MESSAGE_BYTES: usize = 1024 * 1024;
@@ -308,6 +328,12 @@ pub const CLIENT_SILENCE: Duration = Duration::from_secs(600);
 
 /// Pause between two looks at which of them were silent for that long.
 pub const CLIENTS_TENDED: Duration = Duration::from_secs(10);
+
+/// Clients whose reports are known to have come, and shards of them: about 10 MB. Past it the one that was silent for
+/// longest is forgotten; a report of it that comes again would count again.
+pub const SEQUENCES: usize = CLIENTS;
+/// See [`SEQUENCES`].
+pub const SEQUENCE_SHARDS: usize = 64;
 
 /// Entries of one page of a list, at most, and where the request does not say.
 pub const PAGE_MOST: usize = 1_000;

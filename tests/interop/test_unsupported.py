@@ -4,12 +4,14 @@ The fields come from the server's own reflection, so that one added to the proto
 server fails here.
 """
 
+import json
 import subprocess
 import tempfile
+import unittest
 from datetime import timedelta
 from pathlib import Path
 
-from fusebox import ROOT, TOOLS, ServerCase, environment
+from fusebox import ROOT, TOOLS, Client, Server, environment
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message import Message
@@ -20,8 +22,37 @@ SUPPORTED = {
     "Ask": {"policy", "key", "cost", "lease", "estimated"},
     "AcquireRequest": {"namespace", "asks", "client", "request_id", "priority", "max_wait", "attempt"},
     "AcquireBatchRequest": {"namespace", "client", "requests"},
-    "ReportRequest": {"namespace", "client", "outcomes", "renew_grant_ids"},
-    "GrantOutcome": {"grant_id", "actual_cost", "lease_returned", "partial"},
+    "ReportRequest": {"namespace", "client", "sequence", "outcomes", "deltas", "renew_grant_ids", "goodbye"},
+    "GrantOutcome": {
+        "grant_id",
+        "outcome",
+        "latency",
+        "actual_cost",
+        "lease_returned",
+        "partial",
+        "error_kind",
+    },
+    "CircuitDelta": {
+        "policy",
+        "key",
+        "generation",
+        "successes",
+        "failures",
+        "slow",
+        "ignored",
+        "local_failures",
+        "requests",
+        "retries",
+        "latency_counts",
+        "error_kinds",
+    },
+}
+
+# What is asked and told of.
+POLICIES = {
+    "signup": {"token_bucket": {"limit": 3, "per": "1m"}},
+    "payments": {"breaker": {}},
+    "retries": {"retry_budget": {"ratio": "20%"}},
 }
 
 # What the server accepts, with one element in each supported list.
@@ -45,8 +76,34 @@ ACCEPTED = {
     "Report": {
         "namespace": "demo",
         "client": CLIENT,
-        "outcomes": [{"grant_id": "x", "partial": True}, {"grant_id": "x", "lease_returned": 1}],
+        "sequence": 1,
+        "outcomes": [
+            {"grant_id": "x", "partial": True},
+            {"grant_id": "x", "lease_returned": 1},
+            {
+                "grant_id": "x",
+                "outcome": 2,
+                "latency": timedelta(seconds=1),
+                "error_kind": "timeout",
+            },
+        ],
+        "deltas": [
+            {
+                "policy": "payments",
+                "key": "x",
+                "generation": 1,
+                "successes": 1,
+                "failures": 1,
+                "slow": 1,
+                "ignored": 1,
+                "local_failures": 1,
+                "latency_counts": [1, 1],
+                "error_kinds": ["timeout"],
+            },
+            {"policy": "retries", "key": "x", "requests": 5, "retries": 1},
+        ],
         "renew_grant_ids": ["x"],
+        "goodbye": True,
     },
 }
 
@@ -99,7 +156,17 @@ def set_field(message: Message, field: FieldDescriptor, value) -> None:
         setattr(message, field.name, value)
 
 
-class Unsupported(ServerCase):
+class Unsupported(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        directory = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(directory.cleanup)
+        config = Path(directory.name) / "fusebox.yaml"
+        config.write_text(json.dumps({"namespaces": {"demo": {"policies": POLICIES}}}))
+        server = Server("--config", str(config))
+        cls.addClassCleanup(server.stop)
+        cls.client = Client(server.channel)
+
     def test_the_table_covers_every_method(self):
         self.assertEqual(set(self.client.methods), set(ACCEPTED))
         for method, fields in ACCEPTED.items():

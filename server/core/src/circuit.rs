@@ -99,7 +99,7 @@ pub struct Admitted {
 }
 
 /// How a call went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Outcome {
     /// The target did what it was asked.
     Success,
@@ -110,11 +110,12 @@ pub enum Outcome {
     /// It says nothing about the target.
     Ignored,
     /// Nobody knows.
+    #[default]
     Abandoned,
 }
 
 /// How one call went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Call<'a> {
     /// How.
     pub outcome: Outcome,

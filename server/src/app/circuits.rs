@@ -294,24 +294,23 @@ impl App {
             if let Some(name) = name {
                 let namespace = &name.breaker.namespace;
                 // Where nothing is decided any more, nobody needs them either.
-                let _ = self.report_pass(namespace, *pass, call, NOBODY, now);
+                let _ = self.report_pass(namespace, (*pass, Some(call)), NOBODY, now);
             }
         }
     }
 
-    /// Tells a circuit how a call went, and what the circuit is then. `None` if there is no such circuit in the
-    /// namespace.
+    /// Tells a circuit how a call went, if `call` is not told already, and what the circuit is then. `None` if
+    /// there is no such circuit in the namespace.
     ///
     /// # Errors
     /// If nothing is decided any more.
     pub(super) fn report_pass(
         &self,
         namespace: &str,
-        pass: Pass,
-        call: Call<'_>,
+        (pass, call): (Pass, Option<Call<'_>>),
         by: Reporter<'_>,
         now: Time,
-    ) -> Result<Option<Answer<(Reported, Seen)>>, StorageError> {
+    ) -> Result<Option<Answer<(Option<Reported>, Seen)>>, StorageError> {
         let Some(name) = self.circuits.look(pass.cell, |name, _, _| Arc::clone(name)) else {
             return Ok(None);
         };
@@ -321,24 +320,30 @@ impl App {
         let Some(place) = place.filter(|_| *name.breaker.namespace == *namespace) else {
             return Ok(None);
         };
-        self.tell(&place, by, now, |circuit, turn| match pass.probe {
-            Some(probe) => circuit.report_probe((pass.generation, probe), call, by, turn),
-            None => circuit.report_call(pass.generation, call, by, turn),
+        self.tell(&place, by, now, |circuit, turn| {
+            let call = call?;
+            Some(match pass.probe {
+                Some(probe) => circuit.report_probe((pass.generation, probe), call, by, turn),
+                None => circuit.report_call(pass.generation, call, by, turn),
+            })
         })
     }
 
-    /// Tells a circuit how many calls went, and what the circuit is then. `None` if there is no room for it.
+    /// Tells a circuit how many calls went, if `delta` is not told already, and what the circuit is then. `None`
+    /// if there is no room for it.
     ///
     /// # Errors
     /// If nothing is decided any more.
     pub(super) fn report_delta(
         &self,
         place: &Place<'_>,
-        (generation, delta): (Generation, Delta<'_>),
+        delta: Option<(Generation, Delta<'_>)>,
         by: Reporter<'_>,
         now: Time,
-    ) -> Result<Option<Answer<(Reported, Seen)>>, StorageError> {
-        self.tell(place, by, now, |circuit, turn| circuit.report(generation, delta, by, turn))
+    ) -> Result<Option<Answer<(Option<Reported>, Seen)>>, StorageError> {
+        self.tell(place, by, now, |circuit, turn| {
+            delta.map(|(generation, delta)| circuit.report(generation, delta, by, turn))
+        })
     }
 
     fn tell(
@@ -346,9 +351,10 @@ impl App {
         place: &Place<'_>,
         by: Reporter<'_>,
         now: Time,
-        tell: impl FnOnce(&mut Circuit, Turn<'_>) -> Reported,
-    ) -> Result<Option<Answer<(Reported, Seen)>>, StorageError> {
+        tell: impl FnOnce(&mut Circuit, Turn<'_>) -> Option<Reported>,
+    ) -> Result<Option<Answer<(Option<Reported>, Seen)>>, StorageError> {
         self.circuits.change_named(place, now, |name, circuit, turn| {
+            circuit.touch(turn);
             let reported = tell(circuit, turn);
             let (view, outlier) = (circuit.view(turn), circuit.is_outlier(by.id, turn));
             ((reported, Seen { name: Arc::clone(name), view, outlier }), false)

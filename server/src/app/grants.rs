@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use fusebox_core::{Limit, Settlement, Time};
+use fusebox_core::{Limit, Settlement, Time, circuit::Call};
 use parking_lot::Mutex;
 use siphasher::sip::SipHasher24;
 
@@ -71,13 +71,15 @@ pub(super) struct Due {
 
 /// How one granted call went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct Told<'a> {
     /// Tokens that it cost in all so far; `None` if as estimated.
     pub actual_cost: Option<u64>,
     /// Leased tokens that were not spent.
     pub lease_returned: u64,
     /// More will follow.
     pub partial: bool,
+    /// How the call went, for circuits; nobody knows while more will follow.
+    pub call: Call<'a>,
 }
 
 impl Part {
@@ -96,7 +98,7 @@ impl Part {
     }
 
     /// What is due when the caller tells how it went; what was told before is not unsaid.
-    fn settled(&mut self, told: Told) -> Option<Due> {
+    fn settled(&mut self, told: Told<'_>) -> Option<Due> {
         let OpenPart { holds, charged, told: before, .. } = self.open;
         let actual = match holds {
             Holds::Estimate => {
@@ -351,7 +353,7 @@ impl Grants {
         &self,
         id: GrantId,
         owner: &Owner,
-        told: Told,
+        told: Told<'_>,
         now: Time,
     ) -> Taken<(Vec<Due>, Passes)> {
         let mut shard = self.shard(id).lock();
@@ -493,12 +495,17 @@ impl Shard {
 
 #[cfg(test)]
 mod tests {
-    use fusebox_core::{Concurrency, TokenBucket};
+    use fusebox_core::{Concurrency, TokenBucket, circuit::Outcome};
 
     use super::*;
     use crate::{catalogue::PolicyName, entropy::SystemEntropy, storage::Keeping};
 
-    const ESTIMATE: Told = Told { actual_cost: None, lease_returned: 0, partial: false };
+    const ESTIMATE: Told<'_> = Told {
+        actual_cost: None,
+        lease_returned: 0,
+        partial: false,
+        call: Call { outcome: Outcome::Abandoned, latency: None, kind: "" },
+    };
 
     fn owner() -> Owner {
         Owner { principal: Principal::Anonymous, namespace: "test".into() }

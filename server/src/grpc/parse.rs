@@ -1,15 +1,16 @@
 //! From messages to what cannot be wrong. Past this file no name is empty and no number out of range.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, num::NonZeroU64, time::Duration};
 
+use fusebox_core::circuit::{self, Call, Generation};
 use fusebox_proto::v1::{
-    self, AcquireBatchRequest, AcquireRequest, Ask, GrantOutcome, Priority, ReportRequest,
-    WatchRequest,
+    self, AcquireBatchRequest, AcquireRequest, Ask, CircuitDelta, GrantOutcome, Priority,
+    ReportRequest, WatchRequest,
 };
 
 use super::status::Refusal;
 use crate::{
-    app::{self, Acquire, Batch, Client, Entry, GrantName, Report, Told, Waiting, Watched},
+    app::{self, Acquire, Batch, Client, Delta, Entry, Granted, Report, Told, Waiting, Watched},
     limits,
 };
 
@@ -145,29 +146,46 @@ pub(super) fn one_of(
     }
 }
 
-/// Every outcome and renewal of a report.
+/// All that a report tells.
 pub(super) fn report(request: &ReportRequest) -> Result<Report<'_>, Refusal> {
     let mut refusal = Refusal::default();
     refusal.required(&request.namespace, "namespace", || "namespace".into());
     client(&mut refusal, request.client.as_ref());
-    refusal.unsupported(request.sequence != 0, || "sequence".into());
-    refusal.unsupported(!request.deltas.is_empty(), || "deltas".into());
-    let (outcomes, renewals) = (&request.outcomes, &request.renew_grant_ids);
-    if outcomes.is_empty() && renewals.is_empty() {
-        refusal.violation("outcomes", "a report says something: outcomes, or renew_grant_ids");
+    let ReportRequest { sequence, outcomes, deltas, renew_grant_ids: renewals, .. } = request;
+    let named = request.client.is_some();
+    if !named && (*sequence > 0 || !deltas.is_empty() || request.goodbye) {
+        let message = "required: a sequence, deltas and a goodbye are a client's own";
+        refusal.violation("client.id", message);
     }
-    if outcomes.len() > limits::REPORT_OUTCOMES {
-        refusal.violation("outcomes", count("outcomes", outcomes.len(), limits::REPORT_OUTCOMES));
+    if outcomes.is_empty() && deltas.is_empty() && renewals.is_empty() && !request.goodbye {
+        let message = "a report says something: outcomes, deltas, renew_grant_ids or goodbye";
+        refusal.violation("outcomes", message);
     }
-    if renewals.len() > limits::REPORT_OUTCOMES {
-        let message = count("grants", renewals.len(), limits::REPORT_OUTCOMES);
-        refusal.violation("renew_grant_ids", message);
+    for (field, what, number, most) in [
+        ("outcomes", "outcomes", outcomes.len(), limits::REPORT_OUTCOMES),
+        ("deltas", "deltas", deltas.len(), limits::REPORT_DELTAS),
+        ("renew_grant_ids", "grants", renewals.len(), limits::REPORT_OUTCOMES),
+    ] {
+        if number > most {
+            refusal.violation(field, count(what, number, most));
+        }
     }
     for (index, outcome) in outcomes.iter().enumerate() {
         if refusal.is_full() {
             break;
         }
         grant_outcome(&mut refusal, index, outcome);
+    }
+    let mut named_before = HashMap::new();
+    for (index, one) in deltas.iter().enumerate() {
+        if refusal.is_full() {
+            break;
+        }
+        delta(&mut refusal, index, one);
+        if let Some(first) = named_before.insert((&one.policy, &one.key), index) {
+            let message = format!("the same policy and key as deltas[{first}]; add them up");
+            refusal.violation(format!("deltas[{index}]"), message);
+        }
     }
     for (index, id) in renewals.iter().enumerate() {
         if refusal.is_full() {
@@ -178,8 +196,11 @@ pub(super) fn report(request: &ReportRequest) -> Result<Report<'_>, Refusal> {
     refusal.or_else(|| Report {
         namespace: &request.namespace,
         client: request.client.as_ref().map(accepted_client),
+        sequence: NonZeroU64::new(*sequence),
         outcomes: outcomes.iter().map(accepted_outcome).collect(),
+        deltas: deltas.iter().map(accepted_delta).collect(),
         renewals: renewals.iter().map(|id| id.parse().ok()).collect(),
+        goodbye: request.goodbye,
     })
 }
 
@@ -205,13 +226,43 @@ pub(super) fn watch(request: &WatchRequest) -> Result<Watched<'_>, Refusal> {
     })
 }
 
-fn accepted_outcome(outcome: &GrantOutcome) -> (Option<GrantName>, Told) {
+fn accepted_outcome(outcome: &GrantOutcome) -> (Option<Granted>, Told<'_>) {
     let told = Told {
         actual_cost: outcome.actual_cost,
         lease_returned: outcome.lease_returned,
         partial: outcome.partial,
+        call: Call {
+            outcome: match outcome.outcome() {
+                v1::Outcome::Success => circuit::Outcome::Success,
+                v1::Outcome::Failure => circuit::Outcome::Failure,
+                v1::Outcome::LocalFailure => circuit::Outcome::LocalFailure,
+                v1::Outcome::Ignored => circuit::Outcome::Ignored,
+                v1::Outcome::Unspecified | v1::Outcome::Abandoned => circuit::Outcome::Abandoned,
+            },
+            latency: outcome.latency.and_then(|latency| latency.try_into().ok()),
+            kind: &outcome.error_kind,
+        },
     };
     (outcome.grant_id.parse().ok(), told)
+}
+
+fn accepted_delta(delta: &CircuitDelta) -> Delta<'_> {
+    // Not above what was accepted, so nothing is lost.
+    let calls = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+    Delta {
+        policy: &delta.policy,
+        key: &delta.key,
+        generation: Generation(delta.generation),
+        successes: calls(delta.successes),
+        failures: calls(delta.failures),
+        slow: calls(delta.slow),
+        ignored: delta.ignored,
+        local_failures: delta.local_failures,
+        requests: delta.requests,
+        retries: delta.retries,
+        latencies: &delta.latency_counts,
+        kinds: delta.error_kinds.iter().map(String::as_str).take(limits::ERROR_KINDS).collect(),
+    }
 }
 
 fn grant_id(refusal: &mut Refusal, field: impl FnOnce() -> String, id: &str) {
@@ -225,16 +276,80 @@ fn grant_id(refusal: &mut Refusal, field: impl FnOnce() -> String, id: &str) {
 
 fn grant_outcome(refusal: &mut Refusal, index: usize, outcome: &GrantOutcome) {
     let field = |name: &str| format!("outcomes[{index}].{name}");
-    refusal.unsupported(outcome.outcome != 0, || field("outcome"));
-    refusal.unsupported(outcome.latency.is_some(), || field("latency"));
-    refusal.unsupported(!outcome.error_kind.is_empty(), || field("error_kind"));
     grant_id(refusal, || field("grant_id"), &outcome.grant_id);
+    let is_said = outcome.outcome() != v1::Outcome::Unspecified;
+    if v1::Outcome::try_from(outcome.outcome).is_err() {
+        refusal.violation(field("outcome"), "not an outcome");
+    } else if outcome.partial && is_said {
+        refusal.violation(field("outcome"), "a call that goes on has none yet; leave it out");
+    } else if !is_said {
+        let message = "only with an outcome";
+        if outcome.latency.is_some() {
+            refusal.violation(field("latency"), message);
+        }
+        if !outcome.error_kind.is_empty() {
+            refusal.violation(field("error_kind"), message);
+        }
+    }
+    let latency = outcome.latency.map(Duration::try_from);
+    if latency.is_some_and(|latency| latency.map_or(true, |latency| latency > limits::LATENCY)) {
+        let most = limits::LATENCY.as_secs();
+        refusal.violation(field("latency"), format!("not within 0 to {most} seconds"));
+    }
+    refusal.at_most(limits::ERROR_KIND_BYTES, &outcome.error_kind, || field("error_kind"));
     if outcome.partial && outcome.lease_returned > 0 {
         let message = "what is left of a lease is returned when it ends, not in parts";
         refusal.violation(field("lease_returned"), message);
     }
     if outcome.actual_cost.is_some_and(|cost| cost > limits::TOKENS) {
         refusal.violation(field("actual_cost"), "above 10^12 tokens, the most a policy can have");
+    }
+}
+
+fn delta(refusal: &mut Refusal, index: usize, delta: &CircuitDelta) {
+    let field = |name: &str| format!("deltas[{index}].{name}");
+    refusal.unsupported(delta.handle != 0, || field("handle"));
+    refusal.required(&delta.policy, "policy", || field("policy"));
+    refusal.at_most(limits::KEY_BYTES, &delta.key, || field("key"));
+    for (name, calls) in [
+        ("successes", delta.successes),
+        ("failures", delta.failures),
+        ("slow", delta.slow),
+        ("ignored", delta.ignored),
+        ("local_failures", delta.local_failures),
+        ("requests", delta.requests),
+        ("retries", delta.retries),
+    ] {
+        if calls > limits::DELTA_CALLS {
+            refusal.violation(field(name), "above 10^9, the most that a delta counts");
+        }
+    }
+    let calls = delta.successes.saturating_add(delta.failures);
+    if delta.slow > calls {
+        let message = "more than successes and failures together, which it is some of";
+        refusal.violation(field("slow"), message);
+    }
+    let buckets = delta.latency_counts.len();
+    if buckets > limits::LATENCIES {
+        let message = format!("{buckets} buckets; at most {}", limits::LATENCIES);
+        refusal.violation(field("latency_counts"), message);
+    }
+    let timed = delta.latency_counts.iter().fold(0, |sum: u64, one| sum.saturating_add(*one));
+    if timed > calls {
+        let message = "more calls than successes and failures together";
+        refusal.violation(field("latency_counts"), message);
+    }
+    let kinds = delta.error_kinds.len();
+    if kinds > limits::ERROR_KINDS {
+        let message = format!("{kinds} kinds; at most {}", limits::ERROR_KINDS);
+        refusal.violation(field("error_kinds"), message);
+    }
+    for (index, kind) in delta.error_kinds.iter().enumerate().take(limits::ERROR_KINDS) {
+        let field = || field(&format!("error_kinds[{index}]"));
+        refusal.at_most(limits::ERROR_KIND_BYTES, kind, field);
+        if kind.is_empty() {
+            refusal.violation(field(), "empty; leave it out");
+        }
     }
 }
 

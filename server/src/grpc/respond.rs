@@ -12,7 +12,7 @@ use fusebox_proto::v1::{
 };
 
 use crate::{
-    app::{Acquired, Crossed, Granted, News, Renewed, Reported},
+    app::{Acquired, Crossed, Granted, News, Receipt, Renewed, Reported, Seen},
     limits,
     storage::CircuitName,
 };
@@ -65,24 +65,29 @@ pub(super) fn acquired(acquired: &Acquired, waited: Option<Duration>) -> Reply {
 }
 
 /// The answer to a Report that renews the grants of these ids.
-pub(super) fn reported(
-    results: &[Reported],
-    renewed: &[Renewed],
-    ids: Vec<String>,
-) -> ReportResponse {
+pub(super) fn reported(receipt: &Receipt, ids: Vec<String>, now: Time) -> ReportResponse {
     let result = |reported: &Reported| match reported {
         Reported::Applied => ReportResult::Applied.into(),
         Reported::Duplicate => ReportResult::Duplicate.into(),
         Reported::UnknownGrant => ReportResult::UnknownGrant.into(),
+        Reported::StaleGeneration => ReportResult::StaleGeneration.into(),
+        Reported::NotShared => ReportResult::NotShared.into(),
     };
     let renewal = |(grant_id, renewed): (String, &Renewed)| Renewal {
         grant_id,
         expires_in: Some(duration(*renewed)),
     };
+    let circuit = |seen: &Seen| CircuitStatus {
+        outlier: seen.outlier,
+        valid_for: Some(duration(limits::STATUS_VALID)),
+        ..circuit_status(&seen.name, &seen.view, now)
+    };
     ReportResponse {
-        results: results.iter().map(result).collect(),
-        renewals: ids.into_iter().zip(renewed).map(renewal).collect(),
-        ..Default::default()
+        results: receipt.results.iter().map(result).collect(),
+        renewals: ids.into_iter().zip(&receipt.renewals).map(renewal).collect(),
+        circuits: receipt.circuits.iter().map(circuit).collect(),
+        duplicate: receipt.duplicate,
+        delta_results: receipt.delta_results.iter().map(result).collect(),
     }
 }
 

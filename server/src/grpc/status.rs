@@ -106,8 +106,19 @@ pub(super) fn other_request(entry: Option<usize>) -> Status {
 
 /// The status of a Report that could not be taken.
 pub(super) fn report(error: &ReportError) -> Status {
+    let field = |delta: usize, name: &str| format!("deltas[{delta}].{name}");
     match error {
         ReportError::UnknownNamespace(namespace) => not_found("namespace", namespace, None),
+        ReportError::UnknownPolicy { delta, policy } => {
+            not_found("policy", policy, Some(field(*delta, "policy")))
+        }
+        ReportError::CountsItself { delta, .. } => {
+            wrong(field(*delta, "policy"), error.to_string())
+        }
+        ReportError::OfCircuits { delta, field: name, .. }
+        | ReportError::OfBudgets { delta, field: name, .. } => {
+            wrong(field(*delta, name), error.to_string())
+        }
         ReportError::Storage(error) => storage(error),
     }
 }

@@ -122,6 +122,7 @@ fn observe_reports(observed: &Observed) {
             ("applied", &reports.applied),
             ("duplicate", &reports.duplicate),
             ("unknown_grant", &reports.unknown_grant),
+            ("stale_generation", &reports.stale_generation),
         ] {
             let label = [KeyValue::new("result", result)];
             observer.observe(count.load(Ordering::Relaxed), &label);

@@ -311,12 +311,12 @@ impl World {
         let life = self.life();
         let caller = life.app.caller(Principal::Anonymous);
         let told = Told { actual_cost: Some(actual), ..Told::default() };
-        let outcomes = vec![(Some(grant), told)];
-        let report = Report { namespace: "test", client: None, outcomes, renewals: Vec::new() };
+        let outcomes = vec![(Some(Granted::Kept(grant)), told)];
+        let report = Report { namespace: "test", outcomes, ..Report::default() };
         let mut report = pin!(life.app.report(caller, &report));
         loop {
             match report.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-                Poll::Ready(reported) => return reported.unwrap().0[0],
+                Poll::Ready(reported) => return reported.unwrap().results[0],
                 Poll::Pending => write_all(&mut life.writer).unwrap(),
             };
         }

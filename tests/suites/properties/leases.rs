@@ -61,7 +61,7 @@ enum Message {
     /// The answer to one.
     Leased { client: usize, sent_millis: u64, grant: GrantName, leased: u64, lives_millis: u64 },
     /// A Report.
-    Report { grant: GrantName, told: Told },
+    Report { grant: GrantName, told: Told<'static> },
 }
 
 /// The most by which what was spent since any moment exceeds what flowed since.
@@ -280,10 +280,10 @@ impl World {
         self.send(&Message::Report { grant, told });
     }
 
-    fn report(&mut self, grant: GrantName, told: Told) {
+    fn report(&mut self, grant: GrantName, told: Told<'_>) {
         let caller = self.app.caller(Principal::Anonymous);
-        let outcomes = vec![(Some(grant), told)];
-        let report = Report { namespace: "test", client: None, outcomes, renewals: Vec::new() };
+        let outcomes = vec![(Some(Granted::Kept(grant)), told)];
+        let report = Report { namespace: "test", outcomes, ..Report::default() };
         let mut report = pin!(self.app.report(caller, &report));
         while report.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
             write_all(&mut self.writer).unwrap();

@@ -11,7 +11,7 @@ use fusebox_core::Decision;
 use fusebox_server::{
     app::{
         Acquire, AcquireError, Acquired, App, Ask, Batch, BatchError, Client, Entry, GrantName,
-        Granted, Held, Life, Principal, Priority, Renewed, Report, Reported, Told,
+        Granted, Held, Life, Principal, Priority, Receipt, Report, Told,
     },
     config::Config,
     limits,
@@ -84,11 +84,13 @@ impl Panel {
     pub fn report(
         &mut self,
         namespace: &str,
-        outcomes: Vec<(Option<GrantName>, Told)>,
+        outcomes: Vec<(Option<GrantName>, Told<'_>)>,
         renewals: Vec<Option<GrantName>>,
-    ) -> (Vec<Reported>, Vec<Renewed>) {
+    ) -> Receipt {
         let (app, writer) = self.running();
-        let report = Report { namespace, client: None, outcomes, renewals };
+        let kept = |(name, told): (Option<GrantName>, _)| (name.map(Granted::Kept), told);
+        let outcomes = outcomes.into_iter().map(kept).collect();
+        let report = Report { namespace, outcomes, renewals, ..Report::default() };
         let mut report = pin!(app.report(app.caller(Principal::Anonymous), &report));
         loop {
             match report.as_mut().poll(&mut Context::from_waker(Waker::noop())) {

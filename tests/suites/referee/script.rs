@@ -116,24 +116,22 @@ impl Script {
             actual_cost: line.number("actual"),
             lease_returned: line.number("returned").unwrap_or(0),
             partial: line.has("partial"),
+            ..Told::default()
         };
-        let (reported, _) = self.panel.report(NAMESPACE, vec![(grant, told)], Vec::new());
-        let text = match reported[0] {
+        let receipt = self.panel.report(NAMESPACE, vec![(grant, told)], Vec::new());
+        let text = match receipt.results[0] {
             Reported::Applied => "applied\n",
             Reported::Duplicate => "duplicate\n",
             Reported::UnknownGrant => "unknown grant\n",
+            other => panic!("{other:?} of a grant that is kept"),
         };
         text.to_owned()
     }
 
     fn renew(&mut self, line: &Line<'_>) -> String {
         let grant = self.grants.get(line.word(0)).copied();
-        let (_, renewed) = self.panel.report(NAMESPACE, Vec::new(), vec![grant]);
-        if renewed[0].is_zero() {
-            "not renewed\n".to_owned()
-        } else {
-            format!("lives {:?}\n", renewed[0])
-        }
+        let renewed = self.panel.report(NAMESPACE, Vec::new(), vec![grant]).renewals[0];
+        if renewed.is_zero() { "not renewed\n".to_owned() } else { format!("lives {renewed:?}\n") }
     }
 }
 
