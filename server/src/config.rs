@@ -20,6 +20,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_saphyr::{DefaultMessageFormatter, MessageFormatter};
 use thiserror::Error;
 
+pub(crate) use self::duration::shown as shown_duration;
 pub(crate) use self::{
     breaker::{
         BackoffFields, BreakerFields, DEFAULT_SLOW_RATE, HalfOpenFields, RampFields, SlowCallFields,
@@ -381,7 +382,7 @@ mod duration {
     }
 
     /// In the units that are read: humantime itself writes months and years.
-    fn shown(duration: Duration) -> String {
+    pub(crate) fn shown(duration: Duration) -> String {
         const DAY: u64 = 24 * 60 * 60;
         let (days, seconds) = (duration.as_secs() / DAY, duration.as_secs() % DAY);
         let rest = Duration::new(seconds, duration.subsec_nanos());

@@ -438,6 +438,11 @@ pub const CIRCUIT_REMEMBERED: Duration = Duration::from_secs(24 * 60 * 60);
 /// anew.
 pub const WATCH_LOG: usize = 1_024;
 
+/// How long an operator's order holds: what nobody remembers to end should end, and a month is as long as a
+/// migration takes.
+pub const MODE_TTLS: std::ops::RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_secs(30 * 24 * 60 * 60);
+
 /// Streams that watch circuits: one for each process of a large fleet. Each is some kilobytes, and a message that it
 /// may not take.
 pub const WATCHERS: usize = 10_000;

@@ -131,6 +131,14 @@ impl<T> Answer<T> {
         }
     }
 
+    /// The value, which is not to be told yet, and when it may be.
+    pub fn split(self) -> (T, Answer<()>) {
+        match self {
+            Self::Now(value) => (value, Answer::Now(())),
+            Self::Later(value, durable) => (value, Answer::Later((), durable)),
+        }
+    }
+
     /// The same, about something made of it.
     pub fn map<U>(self, make: impl FnOnce(T) -> U) -> Answer<U> {
         match self {

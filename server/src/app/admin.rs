@@ -1,5 +1,7 @@
 //! What operators can do: policies, and a look at everything else.
 
+mod circuits;
+
 use std::{
     collections::BTreeMap,
     fmt,
@@ -11,10 +13,13 @@ use std::{
 };
 
 use arrayvec::ArrayVec;
-use fusebox_core::{Cell, Kind, Moment, Time};
+use fusebox_core::{Cell, Kind, Moment, Time, circuit::Generation};
 use parking_lot::{Mutex, RwLock};
 use thiserror::Error;
 
+pub use self::circuits::{
+    CircuitFilter, CircuitInspected, CircuitTold, ModeSet, ReporterSeen, SetMode,
+};
 use super::{
     App, Principal,
     clients::Clients,
@@ -212,6 +217,10 @@ pub struct Info {
     pub open_grants: usize,
     /// Callers that stand in line.
     pub waiting: usize,
+    /// Circuits that are remembered.
+    pub circuits: usize,
+    /// Streams that watch circuits.
+    pub watchers: usize,
     /// Names the state.
     pub truth_id: String,
 }
@@ -256,6 +265,25 @@ pub enum AdminError {
     /// It has no buckets.
     #[error("policy `{0}` is a breaker: its circuits are told by InspectCircuit")]
     IsBreaker(PolicyName),
+    /// It has no circuits.
+    #[error("policy `{0}` is a limiter: its buckets are told by InspectBucket")]
+    IsLimiter(PolicyName),
+    /// The circuit has gone on.
+    #[error(
+        "the circuit has generation {}, not {}: look at it again, decide again", .found.0, .expected.0
+    )]
+    Moved {
+        /// The generation that was to be there.
+        expected: Generation,
+        /// The generation that is there.
+        found: Generation,
+    },
+    /// No room for another circuit.
+    #[error(
+        "policy `{0}` has as many circuits as it may, or the server has: raise its `max_cells`, or wait until some \
+         are forgotten"
+    )]
+    TooManyCircuits(PolicyName),
     /// Somebody was faster.
     #[error(
         "policy `{name}` has version {found}, not {expected} (0 is none): read it again, decide again"
@@ -640,6 +668,8 @@ impl App {
             rules: registry.rule_count(),
             open_grants: self.grants.open(),
             waiting: self.lines.standing(),
+            circuits: self.circuits.live(),
+            watchers: self.watchers(),
             truth_id: registry.truth_id(),
         }
     }

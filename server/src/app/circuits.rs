@@ -6,8 +6,8 @@ use arrayvec::ArrayVec;
 use fusebox_core::{
     Time,
     circuit::{
-        Admitted, Call, Circuit, Delta, Generation, Outcome, Passage, ProbeId, Reported, Reporter,
-        Turn, View,
+        Admitted, Call, Circuit, Delta, Generation, Mode, Outcome, Passage, ProbeId, Reported,
+        Reporter, State, Turn, View,
     },
 };
 use siphasher::sip::SipHasher24;
@@ -270,6 +270,25 @@ pub struct Seen {
     pub view: View,
     /// Who tells fails alone.
     pub outlier: bool,
+}
+
+/// A state, as people and metrics are told.
+pub(crate) const fn state_name(state: State) -> &'static str {
+    match state {
+        State::Closed => "closed",
+        State::Open => "open",
+        State::HalfOpen => "half_open",
+    }
+}
+
+/// A mode, as people and metrics are told.
+pub(crate) const fn mode_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Normal => "normal",
+        Mode::ForcedOpen => "forced_open",
+        Mode::Disabled => "disabled",
+        Mode::MetricsOnly => "metrics_only",
+    }
 }
 
 impl App {

@@ -47,7 +47,7 @@ pub struct Change {
     pub namespace: String,
     /// Policy that it was done to.
     pub policy: String,
-    /// Bucket that it was done to.
+    /// Bucket or circuit that it was done to.
     pub key: String,
     /// Why, as the actor said.
     pub reason: String,
@@ -73,6 +73,8 @@ pub enum Action {
     GrantReleased = 5,
     /// Rules of Envoy's rate limit service were changed in their files.
     RulesChanged = 6,
+    /// The mode of a circuit was set.
+    CircuitModeSet = 7,
 }
 
 /// Which events are wanted.
@@ -399,6 +401,7 @@ mod tests {
             Action::BucketReset,
             Action::GrantReleased,
             Action::RulesChanged,
+            Action::CircuitModeSet,
         ] {
             let event = events.append(AT, Change { action, ..change("demo", "api") }).event;
             let (key, value) = (event_key(event.number), EventRecord::of(&event).encode_to_vec());
@@ -412,7 +415,7 @@ mod tests {
     #[test]
     fn a_record_that_makes_no_sense_is_no_event() {
         let event = Events::new(1, 0).append(AT, change("demo", "api")).event;
-        for action in [0, 7, -1] {
+        for action in [0, 8, -1] {
             let record = EventRecord { action, ..EventRecord::of(&event) };
             assert_eq!(record.event(1), None, "{action}");
         }

@@ -19,11 +19,12 @@ use fusebox_proto::v1::{
 };
 use tonic::{Request, Response, Status};
 
+use self::parse::CircuitsPage;
 use super::{arrive, status};
 use crate::{
     app::{
         App, Caller,
-        admin::{AdminError, ClientFilter},
+        admin::{AdminError, CircuitFilter, ClientFilter, ModeSet},
         events::Filter,
     },
     catalogue::{
@@ -227,23 +228,45 @@ impl Methods for Admin {
 
     async fn list_circuits(
         &self,
-        _: Request<ListCircuitsRequest>,
+        request: Request<ListCircuitsRequest>,
     ) -> Result<Response<ListCircuitsResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let request = request.into_inner();
+        let CircuitsPage { policy, state, mode, page } = parse::circuits(&request)?;
+        // No name of a policy has a slash; a key may.
+        let after = page.after.as_deref();
+        let after = after.map(|last| last.split_once('/').unwrap_or((last, "")));
+        let filter = CircuitFilter { namespace: &request.namespace, policy, state, mode, after };
+        let (app, _) = self.arrive()?;
+        let circuits = app.list_circuits(filter, page.more());
+        let (circuits, next_page_token) = page.fill(
+            circuits.map_err(|error| status::admin(&error))?,
+            |told| format!("{}/{}", told.policy, told.key),
+            |told| respond::circuit_of(&told),
+        );
+        Ok(Response::new(ListCircuitsResponse { circuits, next_page_token }))
     }
 
     async fn inspect_circuit(
         &self,
-        _: Request<InspectCircuitRequest>,
+        request: Request<InspectCircuitRequest>,
     ) -> Result<Response<InspectCircuitResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let InspectCircuitRequest { namespace, policy, key } = request.into_inner();
+        let name = parse::bucket(&namespace, &policy, &key)?;
+        let (app, _) = self.arrive()?;
+        let inspected = app.inspect_circuit(&name, &key).map_err(|error| status::admin(&error))?;
+        Ok(Response::new(respond::inspected(&inspected)))
     }
 
     async fn set_circuit_mode(
         &self,
-        _: Request<SetCircuitModeRequest>,
+        request: Request<SetCircuitModeRequest>,
     ) -> Result<Response<SetCircuitModeResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let set = parse::set_mode(request.into_inner())?;
+        let set = self
+            .change(|app, caller| async move { app.set_circuit_mode(caller.principal, set).await });
+        let ModeSet { circuit, changed } = set.await?;
+        let circuit = Some(respond::circuit_of(&circuit));
+        Ok(Response::new(SetCircuitModeResponse { circuit, changed }))
     }
 
     async fn list_events(

@@ -157,11 +157,13 @@ pub(super) fn admin(error: &AdminError) -> Status {
         AdminError::ManagedByFile(_)
         | AdminError::ManagedByRules(_)
         | AdminError::Judges { .. } => Status::failed_precondition(error.to_string()),
-        AdminError::IsBreaker(_) => wrong("policy", error.to_string()),
-        AdminError::Conflict { .. } => Status::aborted(error.to_string()),
-        AdminError::TooManyPolicies | AdminError::TooManyLimiters => {
-            Status::resource_exhausted(error.to_string())
+        AdminError::IsBreaker(_) | AdminError::IsLimiter(_) => wrong("policy", error.to_string()),
+        AdminError::Conflict { .. } | AdminError::Moved { .. } => {
+            Status::aborted(error.to_string())
         }
+        AdminError::TooManyPolicies
+        | AdminError::TooManyLimiters
+        | AdminError::TooManyCircuits(_) => Status::resource_exhausted(error.to_string()),
         AdminError::Storage(error) => storage(error),
     }
 }

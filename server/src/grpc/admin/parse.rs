@@ -1,21 +1,37 @@
 //! From operators' messages to what cannot be wrong.
 
+use std::time::Duration;
+
+use fusebox_core::circuit::{Generation, Mode, State};
 use fusebox_proto::v1::{
-    DeletePolicyRequest, ListBucketsRequest, ListClientsRequest, ListEventsRequest,
-    ListPoliciesRequest, PutPolicyRequest, TopKeysRequest,
+    CircuitMode, CircuitState, DeletePolicyRequest, ListBucketsRequest, ListCircuitsRequest,
+    ListClientsRequest, ListEventsRequest, ListPoliciesRequest, PutPolicyRequest,
+    SetCircuitModeRequest, TopKeysRequest,
 };
 
 use super::{page::Page, policy};
 use crate::{
     app::{
         GrantName,
-        admin::{DeletePolicy, PutPolicy},
+        admin::{DeletePolicy, PutPolicy, SetMode},
     },
     catalogue::PolicyName,
     config::Name,
     grpc::status::Refusal,
     limits,
 };
+
+/// One page of circuits.
+pub(super) struct CircuitsPage<'a> {
+    /// Only of this breaker.
+    pub(super) policy: Option<&'a str>,
+    /// Only in this state.
+    pub(super) state: Option<State>,
+    /// Only in this mode.
+    pub(super) mode: Option<Mode>,
+    /// The page.
+    pub(super) page: Page,
+}
 
 pub(super) fn put_policy(request: PutPolicyRequest) -> Result<PutPolicy, Refusal> {
     let PutPolicyRequest { namespace, name, policy, expected_version, dry_run, reason } = request;
@@ -128,6 +144,76 @@ pub(super) fn release(id: &str, reason: &str) -> Result<Option<GrantName>, Refus
     refusal.at_most(limits::GRANT_ID_BYTES, id, || "grant_id".into());
     required_reason(&mut refusal, reason);
     refusal.or_else(|| id.parse().ok())
+}
+
+/// One page of circuits, and which are wanted: those of what stays empty are all.
+pub(super) fn circuits(request: &ListCircuitsRequest) -> Result<CircuitsPage<'_>, Refusal> {
+    let ListCircuitsRequest { namespace, policy, state, mode, page_size, page_token } = request;
+    let mut refusal = Refusal::default();
+    refusal.required(namespace, "namespace", || "namespace".into());
+    if CircuitState::try_from(*state).is_err() {
+        refusal.violation("state", "not a state");
+    }
+    if CircuitMode::try_from(*mode).is_err() {
+        refusal.violation("mode", "not a mode");
+    }
+    let (state, mode) = (request.state(), request.mode());
+    let scope = ["circuits", namespace, policy, state.as_str_name(), mode.as_str_name()];
+    let page = Page::of(&mut refusal, *page_size, page_token, &scope);
+    let state = match state {
+        CircuitState::Unspecified => None,
+        CircuitState::Closed => Some(State::Closed),
+        CircuitState::Open => Some(State::Open),
+        CircuitState::HalfOpen => Some(State::HalfOpen),
+    };
+    refusal.or_else(|| CircuitsPage { policy: wanted(policy), state, mode: self::mode(mode), page })
+}
+
+pub(super) fn set_mode(request: SetCircuitModeRequest) -> Result<SetMode, Refusal> {
+    let mut refusal = Refusal::default();
+    let mode = CircuitMode::try_from(request.mode).ok().and_then(mode);
+    let SetCircuitModeRequest { namespace, policy, key, reason, ttl, expected_generation, .. } =
+        request;
+    let name = named(&mut refusal, &namespace, &policy, "policy");
+    refusal.at_most(limits::KEY_BYTES, &key, || "key".into());
+    required_reason(&mut refusal, &reason);
+    let ttl = match (mode, ttl) {
+        (Some(Mode::Normal), None) => Duration::ZERO,
+        (Some(Mode::Normal), Some(_)) => {
+            let message = "not of CIRCUIT_MODE_NORMAL, which lasts: leave it unset";
+            refusal.violation("ttl", message);
+            Duration::ZERO
+        }
+        (_, ttl) => {
+            let ttl = ttl.and_then(|ttl| Duration::try_from(ttl).ok());
+            let ttl = ttl.filter(|ttl| limits::MODE_TTLS.contains(ttl));
+            if ttl.is_none() {
+                let message = "required: 1 s to 30 days, after which the circuit is normal again";
+                refusal.violation("ttl", message);
+            }
+            ttl.unwrap_or_default()
+        }
+    };
+    if mode.is_none() {
+        refusal.violation("mode", "required: what the circuit is to be");
+    }
+    let expected = expected_generation.map(Generation);
+    // Without a mode something was refused.
+    match mode {
+        Some(mode) => refusal.or_else(|| SetMode { name, key, mode, ttl, reason, expected }),
+        None => Err(refusal),
+    }
+}
+
+/// A mode that is said.
+const fn mode(mode: CircuitMode) -> Option<Mode> {
+    match mode {
+        CircuitMode::Unspecified => None,
+        CircuitMode::Normal => Some(Mode::Normal),
+        CircuitMode::ForcedOpen => Some(Mode::ForcedOpen),
+        CircuitMode::Disabled => Some(Mode::Disabled),
+        CircuitMode::MetricsOnly => Some(Mode::MetricsOnly),
+    }
 }
 
 pub(super) fn events(request: &ListEventsRequest) -> Result<Page, Refusal> {

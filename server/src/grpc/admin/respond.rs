@@ -2,16 +2,23 @@
 
 use std::time::Duration;
 
+use fusebox_core::{
+    Moment, Time,
+    circuit::{self, Transition},
+};
 use fusebox_proto::v1::{
-    self, DeletePolicyResponse, NamedPolicy, PolicyChange, PolicySource, PutPolicyResponse,
-    ServerInfoResponse, StorageEngine, TopKeysResponse,
+    self, CircuitCause, DeletePolicyResponse, InspectCircuitResponse, NamedPolicy, PolicyChange,
+    PolicySource, PutPolicyResponse, ServerInfoResponse, StorageEngine, TopKeysResponse,
 };
 use prost_types::Timestamp;
 
 use super::policy::{durability_message, message};
 use crate::{
     app::{
-        admin::{Bucket, ClientStatus, Holding, Info, PolicyDeleted, PolicyPut},
+        admin::{
+            Bucket, CircuitInspected, CircuitTold, ClientStatus, Holding, Info, PolicyDeleted,
+            PolicyPut,
+        },
         events::{Action, Event},
         top_keys::Ranking,
     },
@@ -19,7 +26,7 @@ use crate::{
         PolicyName,
         registry::{Configured, Source},
     },
-    grpc::respond::duration,
+    grpc::respond::{circuit_evidence, circuit_mode, circuit_state, duration, evidence},
     limits,
 };
 
@@ -117,6 +124,99 @@ pub(super) fn holding(held: &Holding) -> v1::OpenGrant {
     }
 }
 
+/// A circuit as operators are told of it.
+pub(super) fn circuit_of(told: &CircuitTold) -> v1::Circuit {
+    let CircuitTold { policy, key, view, says, live, now } = told;
+    let left = |until: Time| duration(Duration::from_nanos(until.nanos_since(now.time)));
+    // Of one that is closed also what its calls say, if there are any.
+    let mut why = circuit_evidence(view, now.time);
+    if let Some(says) = says.as_ref().filter(|says| says.calls > 0) {
+        let forced_reason = why.unwrap_or_default().forced_reason;
+        why = Some(v1::Evidence { forced_reason, ..evidence(says) });
+    }
+    v1::Circuit {
+        policy: policy.to_string(),
+        key: key.to_string(),
+        state: circuit_state(view.phase.state()).into(),
+        mode: circuit_mode(view.phase.mode()).into(),
+        generation: view.generation.0,
+        since: live.then(|| wall_time(view.since, *now)),
+        open_for: view.half_open_at.map(left),
+        ramp_basis_points: view.ramp.map(|share| share.basis_points().into()),
+        evidence: why,
+        forced_by: view.forced.as_ref().map(|forced| forced.actor.to_string()).unwrap_or_default(),
+        mode_expires_in: view.forced.as_ref().map(|forced| left(forced.until)),
+    }
+}
+
+pub(super) fn inspected(inspected: &CircuitInspected) -> InspectCircuitResponse {
+    let CircuitInspected { calls, aside, latencies: [p50, p99], exceeded, .. } = inspected;
+    let calls = v1::CircuitCalls {
+        calls: calls.calls,
+        failure_rate_basis_points: calls.failure_rate.basis_points().into(),
+        slow_rate_basis_points: calls.slow_rate.basis_points().into(),
+        ignored: aside.ignored,
+        local_failures: aside.local_failures,
+        latency_p50: p50.map(duration),
+        latency_p99: p99.map(duration),
+        would_open_by_failures: exceeded.failures,
+        would_open_by_slow_calls: exceeded.slow,
+    };
+    let reporters = inspected.reporters.iter().map(|reporter| v1::CircuitReporter {
+        client_id: reporter.id.clone(),
+        zone: reporter.zone.clone(),
+        calls: reporter.counts.calls.into(),
+        failures: reporter.counts.failures.into(),
+        slow: reporter.counts.slow.into(),
+        unhealthy: reporter.unhealthy,
+    });
+    let probes = inspected.probes.iter().map(|(age, expires_in)| v1::CircuitProbe {
+        age: Some(duration(*age)),
+        expires_in: Some(duration(*expires_in)),
+    });
+    let now = inspected.circuit.now;
+    InspectCircuitResponse {
+        circuit: Some(circuit_of(&inspected.circuit)),
+        calls: Some(calls),
+        reporters: reporters.collect(),
+        probes: probes.collect(),
+        history: inspected.history.iter().map(|one| transition(one, now)).collect(),
+    }
+}
+
+fn transition(one: &Transition, now: Moment) -> v1::CircuitTransition {
+    let cause = match (one.event, &one.order) {
+        (circuit::Event::Tripped, _) => CircuitCause::Tripped,
+        (circuit::Event::Asked, _) => CircuitCause::Asked,
+        (circuit::Event::Passed, _) => CircuitCause::ProbesPassed,
+        (circuit::Event::Failed, _) => CircuitCause::ProbesFailed,
+        (circuit::Event::Set(_), Some(_)) => CircuitCause::Operator,
+        (circuit::Event::Set(_), None) => CircuitCause::ModeExpired,
+        // It begins a generation, and is not remembered.
+        (circuit::Event::Restarted, _) => CircuitCause::Unspecified,
+    };
+    let (reason, actor) = match &one.order {
+        Some((reason, actor)) => (reason.to_string(), actor.to_string()),
+        None => Default::default(),
+    };
+    v1::CircuitTransition {
+        generation: one.generation.0,
+        time: Some(wall_time(one.at, now)),
+        cause: cause.into(),
+        state: circuit_state(one.phase.state()).into(),
+        mode: circuit_mode(one.phase.mode()).into(),
+        evidence: one.evidence.as_deref().map(evidence),
+        reason,
+        actor,
+    }
+}
+
+/// When that was, by the wall clock as it is now.
+fn wall_time(at: Time, now: Moment) -> Timestamp {
+    let age = now.time.nanos_since(at);
+    timestamp(Duration::from_nanos(now.wall.as_nanos().saturating_sub(age)))
+}
+
 pub(super) fn event(Event { number, at, change }: &Event) -> v1::Event {
     let action = match change.action {
         Action::PolicyCreated => v1::EventAction::PolicyCreated,
@@ -125,6 +225,7 @@ pub(super) fn event(Event { number, at, change }: &Event) -> v1::Event {
         Action::BucketReset => v1::EventAction::BucketReset,
         Action::GrantReleased => v1::EventAction::GrantReleased,
         Action::RulesChanged => v1::EventAction::RulesChanged,
+        Action::CircuitModeSet => v1::EventAction::CircuitModeSet,
     };
     v1::Event {
         number: *number,
@@ -154,8 +255,8 @@ pub(super) fn info(info: Info) -> ServerInfoResponse {
         open_grants: info.open_grants as u64,
         waiting: info.waiting as u64,
         truth_id: info.truth_id,
-        circuits: 0,
-        watchers: 0,
+        circuits: info.circuits as u64,
+        watchers: info.watchers as u64,
     }
 }
 
