@@ -1,6 +1,7 @@
 //! Properties of the core, for random settings and histories, against a naive model.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
+mod circuits;
 mod concurrency;
 mod decisions;
 mod drift;
