@@ -5,6 +5,7 @@
 //! difference before you keep it.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod circuits;
 mod panel;
 #[path = "../specs/policies.rs"]
 mod policies;
@@ -15,13 +16,29 @@ mod table;
 #[path = "../specs/words.rs"]
 mod words;
 
+use std::path::PathBuf;
+
 #[test]
 fn every_script_is_answered_as_written() {
     let scripts = table::scripts();
     assert!(!scripts.is_empty(), "no scripts in {}", table::folder().display());
-    for script in scripts.into_iter().filter(|script| !ratelimit::is_script(script)) {
+    let others = |script: &PathBuf| !ratelimit::is_script(script) && !circuits::is_script(script);
+    for script in scripts.into_iter().filter(others) {
         datadriven::walk(script.to_str().unwrap(), |file| {
             let mut script = script::Script::new();
+            file.run(|case| script.run(case));
+        });
+    }
+}
+
+#[test]
+fn every_script_about_circuits_is_answered_as_written() {
+    let scripts = table::scripts().into_iter().filter(|script| circuits::is_script(script));
+    let scripts: Vec<_> = scripts.collect();
+    assert!(!scripts.is_empty(), "no scripts in {}", table::folder().display());
+    for script in scripts {
+        datadriven::walk(script.to_str().unwrap(), |file| {
+            let mut script = circuits::Script::new();
             file.run(|case| script.run(case));
         });
     }
