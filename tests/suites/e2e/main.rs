@@ -17,6 +17,7 @@ mod permits;
 mod priorities;
 mod ratelimit;
 mod report;
+mod reports_circuits;
 mod requests;
 mod restart;
 mod seeing;
