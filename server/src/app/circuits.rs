@@ -291,6 +291,9 @@ pub(crate) const fn mode_name(mode: Mode) -> &'static str {
     }
 }
 
+/// What a circuit made of what it was told, unless that was nothing new, and what it is then.
+pub(super) type Heard = Answer<(Option<Reported>, Seen)>;
+
 impl App {
     /// Asks circuits, if any are asked for.
     ///
@@ -329,7 +332,7 @@ impl App {
         (pass, call): (Pass, Option<Call<'_>>),
         by: Reporter<'_>,
         now: Time,
-    ) -> Result<Option<Answer<(Option<Reported>, Seen)>>, StorageError> {
+    ) -> Result<Option<Heard>, StorageError> {
         let Some(name) = self.circuits.look(pass.cell, |name, _, _| Arc::clone(name)) else {
             return Ok(None);
         };
@@ -359,7 +362,7 @@ impl App {
         delta: Option<(Generation, Delta<'_>)>,
         by: Reporter<'_>,
         now: Time,
-    ) -> Result<Option<Answer<(Option<Reported>, Seen)>>, StorageError> {
+    ) -> Result<Option<Heard>, StorageError> {
         self.tell(place, by, now, |circuit, turn| {
             delta.map(|(generation, delta)| circuit.report(generation, delta, by, turn))
         })
@@ -371,7 +374,7 @@ impl App {
         by: Reporter<'_>,
         now: Time,
         tell: impl FnOnce(&mut Circuit, Turn<'_>) -> Option<Reported>,
-    ) -> Result<Option<Answer<(Option<Reported>, Seen)>>, StorageError> {
+    ) -> Result<Option<Heard>, StorageError> {
         self.circuits.change_named(place, now, |name, circuit, turn| {
             circuit.touch(turn);
             let reported = tell(circuit, turn);

@@ -1,7 +1,7 @@
 //! Which reports of each client have come, so that one that arrives twice counts once.
 //!
-//! Over its latest numbers each client has a window as a receiver of IPsec has over those of packets (RFC 4303,
-//! 3.4.3): the highest that came, and which of the others did. One that is too old for the window is taken to have
+//! Each client has a window over its latest numbers, as receivers of packets have over theirs (RFC 4303, 3.4.3):
+//! the highest that came, and which of those below it did. One that is too old for the window is taken to have
 //! come: to count too little for once is better than to count twice.
 
 use std::{collections::HashMap, num::NonZeroU64};
