@@ -1,9 +1,11 @@
 //! Counters of many calls: what a fleet tells of its circuits and retry budgets, and is told back.
 
+use std::time::Duration;
+
 use fusebox_proto::v1::{
     AcquireRequest, Ask, CircuitDelta, CircuitState, CircuitStatus, Client, Decision, GrantOutcome,
-    Outcome, Reason, ReportRequest, ReportResponse, ReportResult,
-    resilience_client::ResilienceClient,
+    InspectCircuitRequest, Outcome, Reason, ReportRequest, ReportResponse, ReportResult,
+    admin_client::AdminClient, resilience_client::ResilienceClient,
 };
 use fusebox_tests::Server;
 use tonic::{Code, Status, transport::Channel};
@@ -376,6 +378,59 @@ async fn past_the_budget_a_delta_is_not_shared() {
     let answer = one.tell_all([other]).await;
     assert_eq!(answer.delta_results, [ReportResult::NotShared as i32]);
     assert_eq!(answer.circuits, []);
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_was_counted_beside_is_shown_to_operators() {
+    let server = Server::start(CONFIG).await;
+    let mut one = Reporter::of(&server, 1).await;
+    let generation = one.generation("fleet").await;
+    let told = CircuitDelta {
+        generation,
+        successes: 98,
+        failures: 2,
+        slow: 3,
+        ignored: 4,
+        local_failures: 5,
+        // 98 of 512 to 1,024 microseconds, and two of twice that.
+        latency_counts: [vec![0; 9], vec![98, 2]].concat(),
+        error_kinds: vec!["timeout".into()],
+        ..delta("fleet")
+    };
+    one.tell_all([told]).await;
+    let inspect = InspectCircuitRequest {
+        namespace: "test".into(),
+        policy: "fleet".into(),
+        key: String::new(),
+    };
+    let mut admin = AdminClient::new(server.channel().await);
+    let inspected = admin.inspect_circuit(inspect).await.unwrap().into_inner();
+    let calls = inspected.calls.unwrap();
+    assert_eq!((calls.calls, calls.ignored, calls.local_failures), (100, 4, 5));
+    assert_eq!((calls.failure_rate_basis_points, calls.slow_rate_basis_points), (200, 300));
+    assert_eq!(duration(calls.latency_p50), Some(Duration::from_micros(1_024)));
+    assert_eq!(duration(calls.latency_p99), Some(Duration::from_micros(2_048)));
+    let [reporter] = inspected.reporters.as_slice() else { panic!("{:?}", inspected.reporters) };
+    assert_eq!((&*reporter.client_id, &*reporter.zone), ("1", "zone-of-1"));
+    server.stop().await.unwrap();
+}
+
+/// Those that race for one number are as those that come one after the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_reports_that_race_for_a_number_one_counts() {
+    let server = Server::start(CONFIG).await;
+    let mut one = Reporter::of(&server, 1).await;
+    let mut races = tokio::task::JoinSet::new();
+    for sequence in (1..=10).flat_map(|sequence| [sequence; 8]) {
+        let deltas = vec![CircuitDelta { requests: 5, ..delta("retries") }];
+        let report = one.with(ReportRequest { sequence, deltas, ..Default::default() });
+        let mut raw = one.raw.clone();
+        races.spawn(async move { raw.report(report).await.unwrap().into_inner().duplicate });
+    }
+    let answers = races.join_all().await;
+    assert_eq!(answers.iter().filter(|duplicate| !**duplicate).count(), 10);
+    assert_eq!(one.retries().await, 10 + 10);
     server.stop().await.unwrap();
 }
 
