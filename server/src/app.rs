@@ -36,6 +36,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::circuits::{mode_name, state_name};
 use self::{
     admin::Desk,
     circuits::{Crossing, Crossings},

@@ -58,6 +58,8 @@ impl Metrics {
                     "fusebox_debt_dropped_tokens",
                     "fusebox_policy_cells",
                     "fusebox_policy_overflow_cells",
+                    "fusebox_circuits",
+                    "fusebox_circuit_transitions",
                     "fusebox_ratelimit_hits",
                     "fusebox_ratelimit_over_limit_hits",
                     "fusebox_ratelimit_near_limit_hits",

@@ -5,6 +5,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
+use fusebox_core::circuit::{Mode, Phase};
 use opentelemetry::{
     KeyValue,
     metrics::{AsyncInstrument, Meter, MeterProvider},
@@ -12,10 +13,11 @@ use opentelemetry::{
 use opentelemetry_sdk::metrics::SdkMeterProvider;
 
 use crate::{
-    app::App,
-    catalogue::{Budget, Policy, domains::Hits},
+    app::{App, mode_name, state_name},
+    catalogue::{Budget, Policy, PolicyName, domains::Hits},
     counters::{Connections, DECISION_LABELS, Disk},
     lifecycle::Lifecycle,
+    storage::Tally,
 };
 
 /// Where what is counted is registered, to be observed at each scrape.
@@ -70,6 +72,7 @@ pub(super) fn observe(
     observe_reports(&observed);
     observe_app(&observed);
     observe_cells(&observed);
+    observe_circuits(&observed);
     observe_rules(&observed);
     observe_disk(&observed);
     observe_connections(&observed.meter, connections);
@@ -133,7 +136,7 @@ fn observe_reports(observed: &Observed) {
 /// How much the server holds.
 fn observe_app(observed: &Observed) {
     type Read = fn(&App) -> usize;
-    let gauges: [(_, _, Read); 4] = [
+    let gauges: [(_, _, Read); 5] = [
         (
             "fusebox_live_cells",
             "Cells that are remembered, one for each limit of a key: not full, or not a minute ago",
@@ -143,6 +146,7 @@ fn observe_app(observed: &Observed) {
             app.grants().open()
         }),
         ("fusebox_waiting", "Callers that stand in a line", App::waiting),
+        ("fusebox_circuit_watchers", "Streams that watch circuits", App::watchers),
         ("fusebox_events", "Events of the audit trail that are remembered", App::event_count),
     ];
     for (name, description, read) in gauges {
@@ -198,6 +202,47 @@ fn observe_cells(observed: &Observed) {
                 }
             }
         });
+    }
+}
+
+/// The circuits of each breaker.
+fn observe_circuits(observed: &Observed) {
+    observed.gauge(
+        "fusebox_circuits",
+        "Circuits of a breaker that are remembered, by whether calls go through and what operators made of them",
+        |app, observer| {
+            visit_breakers(app, |policy, tally| {
+                for (phase, count) in Phase::ALL.into_iter().zip(tally.circuits()) {
+                    let [namespace, policy] = named(policy);
+                    let state = KeyValue::new("state", state_name(phase.state()));
+                    let mode = KeyValue::new("mode", mode_name(phase.mode()));
+                    observer.observe(count as u64, &[namespace, policy, state, mode]);
+                }
+            });
+        },
+    );
+    observed.counter(
+        "fusebox_circuit_transitions",
+        "Changes of circuits by what they became: a state, or the mode that an operator set",
+        |app, observer| {
+            visit_breakers(app, |policy, tally| {
+                for (phase, count) in Phase::ALL.into_iter().zip(tally.transitions()) {
+                    let [namespace, policy] = named(policy);
+                    let to = match phase.mode() {
+                        Mode::Normal => state_name(phase.state()),
+                        mode => mode_name(mode),
+                    };
+                    observer.observe(count, &[namespace, policy, KeyValue::new("to", to)]);
+                }
+            });
+        },
+    );
+}
+
+/// Every breaker, with what became of its circuits.
+fn visit_breakers(app: &App, mut visit: impl FnMut(&Policy, &Tally)) {
+    for policy in app.catalogue().policies().filter(|policy| policy.breakers.is_some()) {
+        visit(policy, &app.circuits().tally(&PolicyName::new(&policy.namespace, &policy.name)));
     }
 }
 

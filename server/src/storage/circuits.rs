@@ -4,9 +4,10 @@
 //! One that leaves takes that generation to a new one, so that no report of its earlier life counts in its next.
 
 mod board;
+mod tally;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map},
     hash::{BuildHasherDefault, Hasher},
     sync::{
         Arc, OnceLock,
@@ -19,13 +20,16 @@ use arrayvec::ArrayVec;
 use crossbeam_utils::CachePadded;
 use fusebox_core::{
     Time,
-    circuit::{Admitted, Breaker, Circuit, Generation, Kept, Passage, Turn, View},
+    circuit::{Admitted, Breaker, Circuit, Generation, Kept, Passage, Phase, Turn, View},
 };
 use parking_lot::{Mutex, MutexGuard};
 use prost::Message;
 use tokio::sync::oneshot;
 
-pub use self::board::{Board, Boards};
+pub use self::{
+    board::{Board, Boards},
+    tally::Tally,
+};
 use super::{
     Answer, Durable, StorageError,
     journal::{Keyspace, Write},
@@ -44,8 +48,8 @@ pub struct Circuits {
     /// The generation of those that are not there.
     absent: AtomicU64,
     live: AtomicUsize,
-    /// Those of each breaker.
-    by_breaker: Mutex<HashMap<PolicyName, usize>>,
+    /// How many of each breaker there are, and what became of them; also of those that had some.
+    by_breaker: Mutex<HashMap<PolicyName, Arc<Tally>>>,
     /// What jitter is drawn from.
     seed: u64,
     boards: Boards,
@@ -122,6 +126,7 @@ impl Place<'_> {
 /// A circuit, and what is on disk of it.
 struct Entry {
     name: Arc<CircuitName>,
+    tally: Arc<Tally>,
     circuit: Circuit,
     /// When somebody last asked for it, or told of it.
     used_at: Time,
@@ -346,9 +351,7 @@ impl Circuits {
     /// A circuit has left.
     fn forget(&self, entry: &Entry, queued: &mut Vec<CellId>) {
         self.live.fetch_sub(1, Ordering::Relaxed);
-        if let Some(count) = self.by_breaker.lock().get_mut(&entry.name.breaker) {
-            *count -= 1;
-        }
+        entry.tally.leave(entry.told.phase);
         if entry.has_record() {
             // Nothing that was told of it counts for the one that may come in its place.
             let generation = self.next_generation();
@@ -374,6 +377,9 @@ impl Circuits {
             let before = entry.circuit.generation();
             let changed = change(&mut entry.circuit, turn);
             if changed || entry.circuit.generation() != before {
+                let latest = entry.circuit.history().rev();
+                let latest = latest.take_while(|transition| transition.generation > before);
+                latest.for_each(|transition| entry.tally.count(transition.phase));
                 entry.next = entry.circuit.view(turn);
                 if !std::mem::replace(&mut entry.queued, true) {
                     queued.push(entry.name.cell);
@@ -405,15 +411,21 @@ impl Circuits {
     }
 
     /// Room for one more circuit of a breaker, which takes it.
-    fn make_room(&self, place: &Place<'_>) -> bool {
+    fn make_room(&self, place: &Place<'_>) -> Option<Arc<Tally>> {
         let mut by_breaker = self.by_breaker.lock();
-        let count = by_breaker.entry(place.breaker_name()).or_default();
-        if *count >= place.most || self.live() >= limits::CIRCUITS {
-            return false;
+        let tally = by_breaker.entry(place.breaker_name()).or_default();
+        if tally.live() >= place.most || self.live() >= limits::CIRCUITS {
+            return None;
         }
-        *count += 1;
+        // Under the lock of all of them, so that two do not take the same room.
+        tally.come(Phase::Closed);
         self.live.fetch_add(1, Ordering::Relaxed);
-        true
+        Some(Arc::clone(tally))
+    }
+
+    /// What the circuits of a breaker are, and what became of them.
+    pub fn tally(&self, breaker: &PolicyName) -> Arc<Tally> {
+        self.by_breaker.lock().get(breaker).map(Arc::clone).unwrap_or_default()
     }
 
     /// Whether anything is decided any more.
@@ -475,6 +487,7 @@ impl Circuits {
             entry.in_flight = false;
             // What has changed since is told with its own record.
             if !entry.queued {
+                entry.tally.change(entry.told.phase, entry.next.phase);
                 entry.told = entry.next.clone();
                 let name = Arc::clone(&entry.name);
                 drop(shard);
@@ -486,23 +499,24 @@ impl Circuits {
     /// Puts a circuit that an earlier start has left.
     pub(super) fn restore(&self, place: &Place<'_>, kept: Kept, now: Time) {
         let mut shard = self.shards[shard_of(place.cell)].lock();
-        let entry = self.turn((place.cell, place.breaker), now, |turn| {
-            let circuit = Circuit::recovered(kept, turn);
-            Entry::new(place, circuit, turn)
-        });
-        shard.circuits.insert(place.cell, entry);
         // Also more than there is room for: they are there.
-        *self.by_breaker.lock().entry(place.breaker_name()).or_default() += 1;
+        let tally = Arc::clone(self.by_breaker.lock().entry(place.breaker_name()).or_default());
+        let entry = self.turn((place.cell, place.breaker), now, |turn| {
+            Entry::new(place, Circuit::recovered(kept, turn), tally, turn)
+        });
+        entry.tally.come(entry.told.phase);
+        shard.circuits.insert(place.cell, entry);
         self.live.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 impl Entry {
-    fn new(place: &Place<'_>, circuit: Circuit, turn: Turn<'_>) -> Self {
+    fn new(place: &Place<'_>, circuit: Circuit, tally: Arc<Tally>, turn: Turn<'_>) -> Self {
         let Place { key, cell, .. } = *place;
         let view = circuit.view(turn);
         Self {
             name: Arc::new(CircuitName { breaker: place.breaker_name(), key: key.into(), cell }),
+            tally,
             circuit,
             used_at: turn.now,
             queued: false,
@@ -534,16 +548,16 @@ impl Locked<'_> {
         let index = shard_of(place.cell);
         let locked = self.shards.iter_mut().position(|(locked, _)| *locked == index)?;
         let Shard { circuits: entries, queued, .. } = &mut *self.shards[locked].1;
-        if !entries.contains_key(&place.cell) {
-            if !circuits.make_room(place) {
-                return None;
+        let entry = match entries.entry(place.cell) {
+            hash_map::Entry::Occupied(entry) => entry.into_mut(),
+            hash_map::Entry::Vacant(vacant) => {
+                let tally = circuits.make_room(place)?;
+                vacant.insert(circuits.turn((place.cell, place.breaker), now, |turn| {
+                    let circuit = Circuit::new(circuits.absent(), place.breaker, now);
+                    Entry::new(place, circuit, tally, turn)
+                }))
             }
-            let entry = circuits.turn((place.cell, place.breaker), now, |turn| {
-                Entry::new(place, Circuit::new(circuits.absent(), place.breaker, now), turn)
-            });
-            entries.insert(place.cell, entry);
-        }
-        let entry = entries.get_mut(&place.cell)?;
+        };
         entry.used_at = entry.used_at.max(now);
         let mut value = None;
         let name = Arc::clone(&entry.name);

@@ -12,7 +12,7 @@ use fusebox_core::{
 
 use super::{Action, AdminError, App, Principal, about, events};
 use crate::{
-    app::circuits::{mode_name, state_name},
+    app::{mode_name, state_name},
     catalogue::{Catalogue, PolicyName},
     config::shown_duration,
     storage::{CircuitName, Place},
