@@ -364,7 +364,9 @@ impl App {
         now: Time,
     ) -> Result<Option<Heard>, StorageError> {
         self.tell(place, by, now, |circuit, turn| {
-            delta.map(|(generation, delta)| circuit.report(generation, delta, by, turn))
+            let (said, delta) = delta?;
+            let generation = self.circuits.meant(circuit, said);
+            Some(circuit.report(generation, delta, by, turn))
         })
     }
 

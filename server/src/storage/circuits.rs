@@ -261,6 +261,15 @@ impl Circuits {
         Some(look(&entry.name, &entry.told, &entry.circuit))
     }
 
+    /// The generation that a circuit is told of in, where somebody says this one. One without a transition is as if it
+    /// were not there, so whoever watches is not told of it, and says what generation those are in: any that they
+    /// were in since it came is its own.
+    pub fn meant(&self, circuit: &Circuit, said: Generation) -> Generation {
+        let own = circuit.generation();
+        let is_own = circuit.history().len() == 0 && (own..=self.absent()).contains(&said);
+        if is_own { own } else { said }
+    }
+
     /// What who watches is told of a circuit; `None` of one that is as if it were not there.
     pub fn told(&self, cell: CellId) -> Option<View> {
         let shard = self.shards[shard_of(cell)].lock();
