@@ -7,6 +7,7 @@ mod bad_input;
 mod breakers;
 mod caller;
 mod circuits;
+mod circuits_admin;
 mod clocks;
 mod kinds;
 mod leases;
@@ -23,6 +24,7 @@ mod restart;
 mod seeing;
 mod several;
 mod waiting;
+mod watch;
 
 use fusebox_proto::v1::{AcquireBatchRequest, AcquireRequest, Ask};
 use fusebox_tests::Server;
