@@ -289,6 +289,8 @@ pub struct Circuit {
     exceeded: Exceeded,
     forced: Option<Box<Forced>>,
     history: VecDeque<Transition>,
+    /// Since when it is told who is there: who was before that, it does not know.
+    known_since: Time,
 }
 
 /// Rates that were over their threshold.
@@ -320,6 +322,7 @@ impl Circuit {
             exceeded: Exceeded::default(),
             forced: None,
             history: VecDeque::new(),
+            known_since: now,
         }
     }
 
@@ -338,7 +341,7 @@ impl Circuit {
             stragglers_until: turn.now.after(turn.breaker.half_open.probe_timeout),
             forced: kept.forced.map(Box::new),
             history: kept.history.into_iter().rev().take(HISTORY).rev().collect(),
-            ..Self::new(generation, turn.breaker, since)
+            ..Self::new(generation, turn.breaker, turn.now)
         };
         if let Some(after) = phase.after(Event::Restarted) {
             // It opened when it did, and waits as long as it would have.
@@ -728,7 +731,7 @@ impl Circuit {
     }
 
     fn judge_window(&mut self, turn: Turn<'_>) {
-        let judged = judge(&self.window, turn.breaker, turn.now);
+        let judged = judge(&self.window, self.known_since, turn.breaker, turn.now);
         if self.phase == Phase::MetricsOnly {
             self.exceeded.failures |= judged.failing;
             self.exceeded.slow |= judged.slow;

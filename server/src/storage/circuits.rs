@@ -409,7 +409,7 @@ impl Circuits {
     }
 
     /// Thirty-two bits that are like drawn ones, of a circuit at a moment: nothing depends on nobody guessing them.
-    /// (The finalizer of SplitMix64, Steele, Lea and Flood 2014.)
+    /// (The finalizer of `SplitMix64`, Steele, Lea and Flood 2014.)
     const fn draw(&self, cell: CellId, now: Time) -> u32 {
         let mixed = self.seed ^ cell.0[1] ^ now.as_nanos();
         let mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

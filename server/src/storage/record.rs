@@ -385,7 +385,7 @@ impl CircuitRecord {
             namespace: name.breaker.namespace.to_string(),
             policy: name.breaker.policy.to_string(),
             key: name.key.to_string(),
-            phase: number_of(&Phase::ALL, kept.phase),
+            phase: number_of(&Phase::ALL, &kept.phase),
             generation: kept.generation.0,
             since_nanos: kept.since.as_nanos(),
             opened_at_nanos: kept.opened_at.map(Time::as_nanos),
@@ -430,8 +430,8 @@ impl TransitionRecord {
         Self {
             generation: transition.generation.0,
             at_nanos: transition.at.as_nanos(),
-            event: number_of(&circuit::Event::ALL, transition.event),
-            phase: number_of(&Phase::ALL, transition.phase),
+            event: number_of(&circuit::Event::ALL, &transition.event),
+            phase: number_of(&Phase::ALL, &transition.phase),
             evidence: transition.evidence.as_deref().map(EvidenceRecord::of),
             order: transition.order.as_ref().map(|(reason, actor)| OrderRecord {
                 reason: reason.to_string(),
@@ -488,8 +488,8 @@ impl EvidenceRecord {
 }
 
 /// The place of a value among all of its type, which is never changed once there are records.
-fn number_of<T: PartialEq>(all: &[T], one: T) -> u32 {
-    let place = all.iter().position(|other| *other == one).unwrap_or_default();
+fn number_of<T: PartialEq>(all: &[T], one: &T) -> u32 {
+    let place = all.iter().position(|other| other == one).unwrap_or_default();
     u32::try_from(place).unwrap_or_default()
 }
 

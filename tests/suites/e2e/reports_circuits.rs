@@ -21,7 +21,8 @@ const CONFIG: &str = "
 namespaces:
   test:
     policies:
-      payments: {breaker: {window: 10s, min_calls: 4, open_for: 5s, backoff: {jitter: 0%}, ramp: {steps: []}}}
+      payments: {breaker: {window: 10s, min_calls: 4, open_for: 5s, backoff: {jitter: 0%}, ramp: {steps: []},
+                           min_reporters: 1}}
       fleet: {breaker: {window: 10s, min_calls: 10}}
       quorum: {breaker: {window: 10s, min_calls: 10, min_reporters: 3}}
       few: {breaker: {}, max_cells: 1}

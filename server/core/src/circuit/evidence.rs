@@ -45,7 +45,7 @@ impl Evidence {
         now: Time,
     ) -> Self {
         let judged @ Judged { counts, reporters, unhealthy, .. } =
-            quorum::judge(window, breaker, now);
+            quorum::judge(window, now, breaker, now);
         let mut zones = Vec::new();
         if let Window::Time(told) = window
             && judged.unhealthy > 0

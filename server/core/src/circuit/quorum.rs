@@ -7,7 +7,7 @@
 
 use super::{
     breaker::{Breaker, Share},
-    window::{Counts, Ring, Seen, Window},
+    window::{Counts, PRESENT, Ring, Seen, Window},
 };
 use crate::Time;
 
@@ -48,11 +48,16 @@ impl Judged {
     }
 }
 
-/// What the window of a circuit says now.
-pub(super) fn judge(window: &Window, breaker: &Breaker, now: Time) -> Judged {
+/// What the window of a circuit says now, to which everybody tells who is there since that time.
+///
+/// For as long as its window it may be that others have yet to tell anything. Until then as many must see the
+/// target failing as the breaker says, however few have told: else whoever is first after a restart, and fails,
+/// would open it for all.
+pub(super) fn judge(window: &Window, known_since: Time, breaker: &Breaker, now: Time) -> Judged {
     match window {
         Window::Time(reporters) => {
-            Fleet::of(reporters.seen(now), breaker).judge(reporters.seen(now))
+            let all_are_known = known_since.after(reporters.length().min(PRESENT)) <= now;
+            Fleet::of(reporters.seen(now), breaker).judge(reporters.seen(now), all_are_known)
         }
         Window::Calls(ring) => judge_ring(ring, breaker),
         Window::Consecutive { failures, .. } => Judged {
@@ -117,7 +122,7 @@ impl<'a> Fleet<'a> {
         self.is_over(Rate::Failures, counts) || self.is_over(Rate::Slow, counts)
     }
 
-    fn judge<'s>(&self, seen: impl Iterator<Item = Seen<'s>>) -> Judged {
+    fn judge<'s>(&self, seen: impl Iterator<Item = Seen<'s>>, all_are_known: bool) -> Judged {
         let mut judged = Judged::default();
         let (mut present, mut active) = (0_u32, 0_u32);
         let mut unhealthy = [0_u32; 2];
@@ -133,7 +138,8 @@ impl<'a> Fleet<'a> {
             pool.add(counts);
         }
         let least = if present >= 3 { 2 } else { 1 };
-        let quorum = self.breaker.min_reporters.min(active).max(least);
+        let most = if all_are_known { active } else { u32::MAX };
+        let quorum = self.breaker.min_reporters.min(most).max(least);
         let opens = |rate, unhealthy| {
             let over = self.threshold(rate).is_some_and(|threshold| pool.is_over(rate, threshold));
             over && unhealthy >= quorum

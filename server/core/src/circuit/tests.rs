@@ -413,6 +413,31 @@ fn one_of_three_does_not_open_it_and_is_told_that_it_fails_alone() {
 }
 
 #[test]
+fn who_is_first_after_a_restart_does_not_open_it_alone() {
+    let settings = || Settings { min_reporters: 2, ..plain() };
+    let failing = counts(20, 20);
+    let mut scene = Scene::new(settings());
+    for reporter in ["well", "also well"] {
+        scene.tell(reporter, counts(20, 0));
+    }
+    scene.pass(SECOND * 60);
+    scene.restart();
+    scene.tell("failing", failing);
+    assert_eq!(scene.phase(), Phase::Closed, "the others have yet to tell");
+    scene.pass(SECOND * 9);
+    scene.tell("failing", failing);
+    assert_eq!(scene.phase(), Phase::Closed);
+    scene.pass(SECOND);
+    scene.tell("failing", failing);
+    assert_eq!(scene.phase(), Phase::Open, "by now they would have");
+
+    let mut two = Scene::new(settings());
+    two.tell("one", failing);
+    two.tell("two", failing);
+    assert_eq!(two.phase(), Phase::Open, "two need not wait");
+}
+
+#[test]
 fn who_says_goodbye_takes_its_calls_along() {
     let mut scene = Scene::new(plain());
     scene.tell("a", counts(100, 0));

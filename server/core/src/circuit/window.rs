@@ -218,6 +218,11 @@ impl Reporters {
         true
     }
 
+    /// How long the window is.
+    pub(super) const fn length(&self) -> Duration {
+        Duration::from_nanos(self.slice_nanos.saturating_mul(SLICES as u64))
+    }
+
     fn slice(&self, now: Time) -> u64 {
         now.as_nanos() / self.slice_nanos
     }

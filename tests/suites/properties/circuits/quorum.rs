@@ -7,6 +7,8 @@ use super::*;
 /// A rule that [`Circuit`] keeps by other means.
 struct Fleet<'a> {
     breaker: &'a Breaker,
+    /// The circuit is there for longer than its window: whoever is there has told something.
+    all_are_known: bool,
     told: &'a [(String, Counts)],
 }
 
@@ -43,7 +45,8 @@ impl Fleet<'_> {
         if small_speak && bad_of_small >= 2 && over(bad_of_small, sum(&small, &|one| one.calls)) {
             unhealthy += small.iter().filter(|one| bad(one) > 0).count();
         }
-        let quorum = (self.breaker.min_reporters as usize).min(active);
+        let most = if self.all_are_known { active } else { usize::MAX };
+        let quorum = (self.breaker.min_reporters as usize).min(most);
         let quorum = quorum.max(if reporters.len() >= 3 { 2 } else { 1 });
 
         // In parts of a call, of which each has as many as it takes to divide by anybody's calls.
@@ -73,6 +76,7 @@ proptest! {
         rates in (shares(), prop::option::of(shares())),
         min_calls in prop_oneof![1..40_u32, Just(20)],
         min_reporters in 1..5_u32,
+        all_are_known: bool,
         told in vec((0..10_u8, prop_oneof![counted(9), counted(1)]), 1..24),
     ) {
         let (failure_rate, slow_rate) = rates;
@@ -84,17 +88,19 @@ proptest! {
 
         let mut opens = World::new(breaker.clone(), true);
         let mut notes = World::new(breaker.clone(), true);
-        let now = opens.newest;
+        let age = if all_are_known { Duration::from_secs(10) } else { Duration::ZERO };
+        let now = opens.newest.after(age);
         let order = Order {
             mode: Mode::MetricsOnly,
-            ttl: Duration::from_secs(1),
+            ttl: Duration::from_secs(60),
             reason: "".into(),
             actor: "".into(),
         };
         notes.turn(now, |circuit, turn| circuit.set(&order, turn));
         let mut exceeded = (false, false);
         for until in 1..=told.len() {
-            let (failing, slow) = Fleet { breaker: &breaker, told: &told[..until] }.judge();
+            let fleet = Fleet { breaker: &breaker, all_are_known, told: &told[..until] };
+            let (failing, slow) = fleet.judge();
             exceeded = (exceeded.0 || failing, exceeded.1 || slow);
             let (reporter, counts) = &told[until - 1];
             let delta = Delta { counts: *counts, ..Delta::default() };
