@@ -520,5 +520,10 @@ mod tests {
         assert_eq!(panel.app.watchers(), 2);
         drop(watches);
         assert_eq!(panel.app.watchers(), 0);
+        let watches: Vec<_> = (0..limits::WATCHERS).map(|_| panel.watch((0, 0))).collect();
+        let one_more = panel.try_watch(&[], (0, 0));
+        assert!(matches!(one_more, Err(WatchError::TooManyWatchers)));
+        drop(watches);
+        panel.watch((0, 0));
     }
 }
