@@ -57,7 +57,7 @@ pub(super) fn judge(window: &Window, known_since: Time, breaker: &Breaker, now: 
     match window {
         Window::Time(reporters) => {
             let all_are_known = known_since.after(reporters.length().min(PRESENT)) <= now;
-            Fleet::of(reporters.seen(now), breaker).judge(reporters.seen(now), all_are_known)
+            Fleet::of(reporters.seen(now), breaker).judge(&reporters.seen(now), all_are_known)
         }
         Window::Calls(ring) => judge_ring(ring, breaker),
         Window::Consecutive { failures, .. } => Judged {
@@ -71,8 +71,9 @@ pub(super) fn judge(window: &Window, known_since: Time, breaker: &Breaker, now: 
 /// Whether a reporter sees the target failing, or slow, by itself: then its own breaker acts.
 pub(super) fn is_unhealthy(window: &Window, reporter: &str, breaker: &Breaker, now: Time) -> bool {
     let Window::Time(reporters) = window else { return false };
-    let fleet = Fleet::of(reporters.seen(now), breaker);
-    let mut own = reporters.seen(now).filter(|one| *one.by.id == *reporter);
+    // Who has calls enough is judged by those alone.
+    let fleet = Fleet::of([].into_iter(), breaker);
+    let mut own = reporters.seen_of(now, |one| *one.id == *reporter);
     own.any(|one| one.counts.calls >= fleet.floor && fleet.is_unhealthy(one.counts))
 }
 
@@ -122,27 +123,31 @@ impl<'a> Fleet<'a> {
         self.is_over(Rate::Failures, counts) || self.is_over(Rate::Slow, counts)
     }
 
-    fn judge<'s>(&self, seen: impl Iterator<Item = Seen<'s>>, all_are_known: bool) -> Judged {
+    fn judge<'s>(
+        &self,
+        seen: &(impl Iterator<Item = Seen<'s>> + Clone),
+        all_are_known: bool,
+    ) -> Judged {
         let mut judged = Judged::default();
         let (mut present, mut active) = (0_u32, 0_u32);
         let mut unhealthy = [0_u32; 2];
-        let mut pool = Pool { most: self.breaker.min_calls, ..Pool::default() };
-        for Seen { counts, is_present, .. } in seen {
+        for Seen { counts, is_present, .. } in seen.clone() {
             judged.counts.add(counts);
             judged.reporters += u32::from(counts.calls > 0);
-            judged.unhealthy += u32::from(self.is_unhealthy(counts));
             present += u32::from(is_present);
             active += u32::from(self.is_active(counts));
-            unhealthy[0] += u32::from(self.is_over(Rate::Failures, counts));
-            unhealthy[1] += u32::from(self.is_over(Rate::Slow, counts));
-            pool.add(counts);
+            let over = [Rate::Failures, Rate::Slow].map(|rate| self.is_over(rate, counts));
+            judged.unhealthy += u32::from(over[0] || over[1]);
+            unhealthy[0] += u32::from(over[0]);
+            unhealthy[1] += u32::from(over[1]);
         }
         let least = if present >= 3 { 2 } else { 1 };
         let most = if all_are_known { active } else { u32::MAX };
         let quorum = self.breaker.min_reporters.min(most).max(least);
+        // The calls of all are weighed only where there are enough who see the target failing: that is rare.
         let opens = |rate, unhealthy| {
-            let over = self.threshold(rate).is_some_and(|threshold| pool.is_over(rate, threshold));
-            over && unhealthy >= quorum
+            let is_over = |threshold| Pool::of(seen.clone(), self.breaker).is_over(rate, threshold);
+            unhealthy >= quorum && self.threshold(rate).is_some_and(is_over)
         };
         judged.failing = opens(Rate::Failures, unhealthy[0]);
         judged.slow = opens(Rate::Slow, unhealthy[1]);
@@ -162,6 +167,12 @@ struct Pool {
 }
 
 impl Pool {
+    fn of<'s>(seen: impl Iterator<Item = Seen<'s>>, breaker: &Breaker) -> Self {
+        let mut pool = Self { most: breaker.min_calls, ..Self::default() };
+        seen.for_each(|one| pool.add(one.counts));
+        pool
+    }
+
     fn add(&mut self, counts: Counts) {
         if counts.calls == 0 {
             return;

@@ -55,6 +55,8 @@ pub(super) struct Tracked {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Slices {
     counts: [Counts; SLICES],
+    /// All of them together: it is asked for of each reporter whenever one tells anything.
+    sum: Counts,
     /// The number of the newest slice. A slice has its place by its number.
     newest: u64,
 }
@@ -69,17 +71,40 @@ impl Slices {
             *self.slice(begun) = Counts::default();
         }
         self.newest = to;
+        self.sum = Self::sum_of(self.counts);
+    }
+
+    fn add(&mut self, counts: Counts) {
+        self.slice(self.newest).add(counts);
+        self.sum.add(counts);
+    }
+
+    fn clear(&mut self) {
+        (self.counts, self.sum) = Default::default();
     }
 
     fn slice(&mut self, number: u64) -> &mut Counts {
-        #[allow(clippy::cast_possible_truncation)] // below the number of slices
-        let place = (number % SLICES as u64) as usize;
-        &mut self.counts[place]
+        &mut self.counts[Self::place(number)]
     }
 
-    fn sum(&self) -> Counts {
+    const fn place(number: u64) -> usize {
+        #[allow(clippy::cast_possible_truncation)] // below the number of slices
+        let place = (number % SLICES as u64) as usize;
+        place
+    }
+
+    /// What they sum up to once the slice of that number has begun.
+    fn sum_at(&self, to: u64) -> Counts {
+        if to <= self.newest {
+            return self.sum;
+        }
+        let first = (to + 1).saturating_sub(SLICES as u64);
+        Self::sum_of((first..=self.newest).map(|number| self.counts[Self::place(number)]))
+    }
+
+    fn sum_of(counts: impl IntoIterator<Item = Counts>) -> Counts {
         let mut sum = Counts::default();
-        self.counts.iter().for_each(|counts| sum.add(*counts));
+        counts.into_iter().for_each(|counts| sum.add(counts));
         sum
     }
 }
@@ -147,7 +172,7 @@ impl Window {
         match self {
             Self::Time(reporters) => {
                 let all = reporters.tracked.iter_mut().chain(reporters.others.as_deref_mut());
-                all.for_each(|one| one.slices.counts = Default::default());
+                all.for_each(|one| one.slices.clear());
             }
             Self::Calls(ring) => {
                 ring.calls.clear();
@@ -232,8 +257,7 @@ impl Reporters {
         let one = self.tracked(reporter, now);
         one.told_at = one.told_at.max(now);
         one.slices.slide(slice);
-        let newest = one.slices.newest;
-        one.slices.slice(newest).add(counts);
+        one.slices.add(counts);
     }
 
     /// The place of a reporter: its own, that of who told nothing for longest, or that of all others.
@@ -256,18 +280,30 @@ impl Reporters {
             };
             self.tracked.swap_remove(place);
         }
+        if self.tracked.is_empty() {
+            // Many a circuit has one reporter.
+            self.tracked.reserve_exact(1);
+        }
         self.tracked.push(new(id, zone));
         let last = self.tracked.len() - 1;
         &mut self.tracked[last]
     }
 
     /// What each reporter told of the window that ends now; those that are not told apart come last, as one.
-    pub(super) fn seen(&self, now: Time) -> impl Iterator<Item = Seen<'_>> {
+    pub(super) fn seen(&self, now: Time) -> impl Iterator<Item = Seen<'_>> + Clone {
+        self.seen_of(now, |_| true)
+    }
+
+    /// What those told who are wanted.
+    pub(super) fn seen_of<'a>(
+        &'a self,
+        now: Time,
+        wanted: impl Fn(&Tracked) -> bool + Clone + 'a,
+    ) -> impl Iterator<Item = Seen<'a>> + Clone {
         let slice = self.slice(now);
-        self.tracked.iter().chain(self.others.as_deref()).map(move |by| {
-            let mut slices = by.slices;
-            slices.slide(slice);
-            let counts = slices.sum();
+        let all = self.tracked.iter().chain(self.others.as_deref());
+        all.filter(move |by| wanted(by)).map(move |by| {
+            let counts = by.slices.sum_at(slice);
             let is_present = counts.calls > 0 || by.told_at.after(PRESENT) > now;
             Seen { by, counts, is_present }
         })
