@@ -198,7 +198,7 @@ pub struct Transition {
     /// What the circuit was from then on.
     pub phase: Phase,
     /// What was known, if it opened.
-    pub evidence: Option<Box<Evidence>>,
+    pub evidence: Option<Arc<Evidence>>,
     /// Why an operator wanted it, and who, if one did.
     pub order: Option<(Arc<str>, Arc<str>)>,
 }
@@ -251,9 +251,9 @@ pub struct View {
     /// The share of calls that it lets through, if that is not all or none.
     pub ramp: Option<Share>,
     /// Why it is open, if it is.
-    pub evidence: Option<Evidence>,
+    pub evidence: Option<Arc<Evidence>>,
     /// What an operator made of it.
-    pub forced: Option<Forced>,
+    pub forced: Option<Arc<Forced>>,
 }
 
 /// The calls that a half-open circuit has let through.
@@ -287,7 +287,7 @@ pub struct Circuit {
     details: Option<Box<Details>>,
     /// Which rates were over their threshold in [`Phase::MetricsOnly`]: each is noted once.
     exceeded: Exceeded,
-    forced: Option<Box<Forced>>,
+    forced: Option<Arc<Forced>>,
     history: VecDeque<Transition>,
     /// Since when it is told who is there: who was before that, it does not know.
     known_since: Time,
@@ -339,7 +339,7 @@ impl Circuit {
             attempt,
             ramp: ramps.then_some(0),
             stragglers_until: turn.now.after(turn.breaker.half_open.probe_timeout),
-            forced: kept.forced.map(Box::new),
+            forced: kept.forced.map(Arc::new),
             history: kept.history.into_iter().rev().take(HISTORY).rev().collect(),
             ..Self::new(generation, turn.breaker, turn.now)
         };
@@ -427,15 +427,15 @@ impl Circuit {
             half_open_at: (self.phase == Phase::Open).then(|| self.half_open_at()),
             ramp: self.share(turn),
             evidence: (state != State::Closed).then(|| self.opened_by()).flatten().cloned(),
-            forced: self.forced.as_deref().cloned(),
+            forced: self.forced.clone(),
         }
     }
 
     /// Why it opened.
-    fn opened_by(&self) -> Option<&Evidence> {
+    fn opened_by(&self) -> Option<&Arc<Evidence>> {
         let since_closed = self.history.iter().rev();
         let since_closed = since_closed.take_while(|one| one.phase.state() != State::Closed);
-        since_closed.filter_map(|transition| transition.evidence.as_deref()).next()
+        since_closed.filter_map(|transition| transition.evidence.as_ref()).next()
     }
 
     /// What its window says now: of a half-open circuit, its probes.
@@ -685,7 +685,7 @@ impl Circuit {
         let forced = (order.mode != Mode::Normal).then(|| {
             let Order { ttl, reason, actor, .. } = order;
             let until = turn.now.after(*ttl);
-            Box::new(Forced { until, reason: Arc::clone(reason), actor: Arc::clone(actor) })
+            Arc::new(Forced { until, reason: Arc::clone(reason), actor: Arc::clone(actor) })
         });
         let changes = self.phase.after(Event::Set(order.mode)).is_some();
         if changes {
@@ -758,7 +758,7 @@ impl Circuit {
     fn happen(&mut self, event: Event, turn: Turn<'_>, order: Option<&Order>) {
         let Some(after) = self.phase.after(event) else { return };
         let evidence = match event {
-            Event::Tripped | Event::Failed => Some(Box::new(self.evidence(turn))),
+            Event::Tripped | Event::Failed => Some(Arc::new(self.evidence(turn))),
             _ => None,
         };
         let before = core::mem::replace(&mut self.phase, after);

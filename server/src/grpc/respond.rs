@@ -174,7 +174,7 @@ pub(super) fn circuit_status(name: &CircuitName, view: &View, now: Time) -> Circ
 
 /// Why a circuit is as it is, if it is not closed or somebody forced it.
 pub(super) fn circuit_evidence(view: &View, now: Time) -> Option<v1::Evidence> {
-    let mut told = view.evidence.as_ref().map(evidence);
+    let mut told = view.evidence.as_deref().map(evidence);
     if let Some(forced) = &view.forced {
         told.get_or_insert_default().forced_reason = forced.reason.to_string();
     }

@@ -95,12 +95,12 @@ mod tests {
             opened_at: Some(Time::ZERO),
             half_open_at: Some(end),
             ramp: Some(Share::ALL),
-            evidence: Some(evidence),
-            forced: Some(Forced {
+            evidence: Some(Arc::new(evidence)),
+            forced: Some(Arc::new(Forced {
                 until: end,
                 reason: text(limits::REASON_BYTES),
                 actor: text(limits::EVENT_ACTOR_BYTES),
-            }),
+            })),
         };
         let news = News {
             epoch: u64::MAX,

@@ -447,7 +447,7 @@ impl TransitionRecord {
             event: numbered(&circuit::Event::ALL, self.event)?,
             phase: numbered(&Phase::ALL, self.phase)?,
             evidence: match &self.evidence {
-                Some(evidence) => Some(Box::new(evidence.evidence()?)),
+                Some(evidence) => Some(Arc::new(evidence.evidence()?)),
                 None => None,
             },
             order: self
