@@ -63,7 +63,8 @@ pub struct Circuits {
 
 #[derive(Default)]
 struct Shard {
-    circuits: HashMap<CellId, Entry, BuildHasherDefault<Hashed>>,
+    /// Each by itself: a table of what is as large as they are would be half empty, and stand still while it grows.
+    circuits: HashMap<CellId, Box<Entry>, BuildHasherDefault<Hashed>>,
     /// Circuits whose record waits for the writer, and those that left.
     queued: Vec<CellId>,
     /// Who waits for what is queued.
@@ -74,7 +75,7 @@ struct Shard {
 
 /// An id of a circuit as its own hash: it is one, under a key that nobody outside has.
 #[derive(Default)]
-struct Hashed(u64);
+pub struct Hashed(u64);
 
 impl Hasher for Hashed {
     fn write(&mut self, bytes: &[u8]) {
@@ -281,8 +282,8 @@ impl Circuits {
     /// there are [`CIRCUIT_SHARDS`](limits::CIRCUIT_SHARDS) parts.
     pub fn told_in(&self, part: usize, namespace: &str) -> Vec<Arc<CircuitName>> {
         let shard = self.shards[part].lock();
-        let of_it = |entry: &&Entry| *entry.name.breaker.namespace == *namespace;
-        let told = shard.circuits.values().filter(of_it).filter(|entry| entry.has_record());
+        let of_it = |entry: &Entry| *entry.name.breaker.namespace == *namespace;
+        let told = shard.circuits.values().filter(|entry| of_it(entry) && entry.has_record());
         told.map(|entry| Arc::clone(&entry.name)).collect()
     }
 
@@ -294,8 +295,8 @@ impl Circuits {
     ) {
         for shard in &self.shards {
             let shard = shard.lock();
-            let of_it = |entry: &&Entry| *entry.name.breaker.namespace == *namespace;
-            for entry in shard.circuits.values().filter(of_it) {
+            let of_it = |entry: &Entry| *entry.name.breaker.namespace == *namespace;
+            for entry in shard.circuits.values().filter(|entry| of_it(entry)) {
                 visit(&entry.name, &entry.told, &entry.circuit);
             }
         }
@@ -514,7 +515,7 @@ impl Circuits {
             Entry::new(place, Circuit::recovered(kept, turn), tally, turn)
         });
         entry.tally.come(entry.told.phase);
-        shard.circuits.insert(place.cell, entry);
+        shard.circuits.insert(place.cell, Box::new(entry));
         self.live.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -563,7 +564,7 @@ impl Locked<'_> {
                 let tally = circuits.make_room(place)?;
                 vacant.insert(circuits.turn((place.cell, place.breaker), now, |turn| {
                     let circuit = Circuit::new(circuits.absent(), place.breaker, now);
-                    Entry::new(place, circuit, tally, turn)
+                    Box::new(Entry::new(place, circuit, tally, turn))
                 }))
             }
         };
