@@ -19,7 +19,7 @@ use crate::{
     counters::Decisions,
     digest::{Content, Digest},
     limits,
-    storage::{CellAsk, Keeping, Place},
+    storage::{CellAsk, CircuitName, Keeping, Place},
 };
 
 /// All policies at one moment.
@@ -258,12 +258,21 @@ impl Policy {
 
     /// Where the circuit of that key is, if this is a breaker.
     pub fn place<'a>(&'a self, key: &'a str) -> Option<Place<'a>> {
+        self.place_at(key, || self.cells.cell(key))
+    }
+
+    /// The same of a circuit that is there, whose id is known.
+    pub fn place_of<'a>(&'a self, name: &'a CircuitName) -> Option<Place<'a>> {
+        self.place_at(&name.key, || name.cell)
+    }
+
+    fn place_at<'a>(&'a self, key: &'a str, cell: impl FnOnce() -> CellId) -> Option<Place<'a>> {
         let breakers = self.breakers.as_ref()?;
         Some(Place {
             namespace: &self.namespace,
             policy: &self.name,
             key,
-            cell: self.cells.cell(key),
+            cell: cell(),
             breaker: breakers.of(key),
             most: breakers.most,
         })

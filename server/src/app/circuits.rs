@@ -2,7 +2,7 @@
 
 use std::{fmt, hash::Hasher, str::FromStr, sync::Arc};
 
-use arrayvec::ArrayVec;
+use arrayvec::{ArrayString, ArrayVec};
 use fusebox_core::{
     Time,
     circuit::{
@@ -85,17 +85,51 @@ impl PassName {
 /// What ids of calls through circuits begin with; those of grants begin with a number.
 const MARK: &str = "c";
 
-impl fmt::Display for PassName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(MARK)?;
+/// An id in the making. It is written by hand, as each call through a circuit has one: formatting takes longer than
+/// all that is decided.
+struct Text(ArrayString<LONGEST>);
+
+/// Longest id that anybody can name, also one that nobody has: the mark, the parts of each call, and the seal.
+const LONGEST: usize = MARK.len() + limits::CIRCUIT_ASKS * (33 + 17 + 9) + 17;
+
+impl Text {
+    /// Adds a part of at least so many hexadecimal digits.
+    fn put(&mut self, number: u64, digits: u32) {
+        self.0.push('-');
+        let digits = digits.max((u64::BITS - number.leading_zeros()).div_ceil(4));
+        self.put_digits(number, digits);
+    }
+
+    #[allow(clippy::cast_possible_truncation)] // to the lowest digit
+    fn put_digits(&mut self, number: u64, digits: u32) {
+        for digit in (0..digits).rev() {
+            let digit = char::from_digit((number >> (4 * digit)) as u32 & 0xf, 16);
+            self.0.push(digit.unwrap_or_default());
+        }
+    }
+}
+
+impl PassName {
+    fn text(&self) -> Text {
+        let mut text = Text(ArrayString::new());
+        text.0.push_str(MARK);
         for Pass { cell, generation, probe } in &self.passes {
-            write!(f, "-{cell:?}-{:x}", generation.0)?;
+            text.put(cell.0[0], 16);
+            text.put_digits(cell.0[1], 16);
+            text.put(generation.0, 1);
             match probe {
-                Some(ProbeId(probe)) => write!(f, "-{probe:x}")?,
-                None => f.write_str("-")?,
+                Some(ProbeId(probe)) => text.put(u64::from(*probe), 1),
+                None => text.0.push('-'),
             }
         }
-        write!(f, "-{:016x}", self.seal)
+        text.put(self.seal, 16);
+        text
+    }
+}
+
+impl fmt::Display for PassName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text().0)
     }
 }
 
@@ -123,7 +157,7 @@ impl FromStr for PassName {
         }
         // One spelling only: `+1` and `01` parse as well.
         let name = Self { passes, seal: number(seal)? };
-        if name.to_string() == text { Ok(name) } else { Err(NotAGrantId) }
+        if *name.text().0 == *text { Ok(name) } else { Err(NotAGrantId) }
     }
 }
 
@@ -337,8 +371,7 @@ impl App {
             return Ok(None);
         };
         let catalogue = self.catalogue.load();
-        let policy = catalogue.policy(&name.breaker);
-        let place = policy.and_then(|policy| policy.place(&name.key));
+        let place = catalogue.policy(&name.breaker).and_then(|policy| policy.place_of(&name));
         let Some(place) = place.filter(|_| *name.breaker.namespace == *namespace) else {
             return Ok(None);
         };
@@ -392,7 +425,7 @@ impl App {
         self.circuits.visit(namespace, |name, _, _| names.push(Arc::clone(name)));
         for name in names {
             let policy = catalogue.policy(&name.breaker);
-            let Some(place) = policy.and_then(|policy| policy.place(&name.key)) else { continue };
+            let Some(place) = policy.and_then(|policy| policy.place_of(&name)) else { continue };
             let leave = |circuit: &mut Circuit, turn: Turn<'_>| {
                 circuit.leave(reporter, turn);
                 ((), false)
@@ -429,6 +462,9 @@ mod tests {
             assert!(!name.is_true(&owner(), &[8; 16]));
             let other = Owner { namespace: "other".into(), ..owner() };
             assert!(!name.is_true(&other, &[7; 16]));
+            for other in ["c-0-0-0-0", "c-0-0-ffffffff-0-0-ffffffff-0"] {
+                assert_eq!(other.parse::<Granted>(), Err(NotAGrantId), "{other}");
+            }
             for other in [format!("{text}0"), text.to_uppercase(), text.replacen('-', "--", 1)] {
                 assert_eq!(other.parse::<Granted>(), Err(NotAGrantId), "{other}");
             }

@@ -113,8 +113,7 @@ impl App {
         let place = match target {
             Target::Budget(_) if telling.again => return Ok(Reported::Duplicate),
             Target::Budget(policy) => {
-                let answer = self.tell_budget(delta, (catalogue, policy), telling.now)?;
-                telling.answers.push(answer);
+                telling.wait(self.tell_budget(delta, (catalogue, policy), telling.now)?);
                 return Ok(Reported::Applied);
             }
             Target::Circuit(place) => place,

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
+    hash::BuildHasherDefault,
     num::NonZeroU64,
     sync::{
         Arc,
@@ -22,7 +23,7 @@ use super::{
 };
 use crate::{
     catalogue::CellId,
-    storage::{Answer, Holds, Judge, OpenPart, StorageError},
+    storage::{Answer, Durable, Hashed, Holds, Judge, OpenPart, StorageError},
 };
 
 /// How calls went, and which grants are still needed.
@@ -183,18 +184,28 @@ pub(super) struct Telling<'a> {
     /// It had come before.
     pub(super) again: bool,
     /// What has to be durable before anybody is told.
-    pub(super) answers: Vec<Answer<()>>,
+    waits: Vec<Durable>,
     circuits: Vec<Seen>,
     /// Where each of them is.
-    places: HashMap<CellId, usize>,
+    places: HashMap<CellId, usize, BuildHasherDefault<Hashed>>,
 }
 
 impl Telling<'_> {
+    /// Waits with all that is told until that may be; gives what it is.
+    pub(super) fn wait<T>(&mut self, answer: Answer<T>) -> T {
+        match answer {
+            Answer::Now(value) => value,
+            Answer::Later(value, durable) => {
+                self.waits.push(durable);
+                value
+            }
+        }
+    }
+
     /// Notes how a circuit is now, for the end of the report; gives what became of what it was told.
     pub(super) fn see<T>(&mut self, answer: Answer<(T, Seen)>) -> (T, Generation) {
-        let (answer, (became, seen)) = split(answer);
+        let (became, seen) = self.wait(answer);
         let generation = seen.view.generation;
-        self.answers.push(answer);
         match self.places.entry(seen.name.cell) {
             Entry::Occupied(place) => self.circuits[*place.get()] = seen,
             Entry::Vacant(place) => {
@@ -218,9 +229,9 @@ impl App {
         report: &Report<'_>,
     ) -> Result<Receipt, ReportError> {
         // All of it at once, so that a caller that goes away leaves nothing behind; then all is waited for.
-        let (receipt, answers) = self.take(caller, report)?;
-        for answer in answers {
-            answer.told().await?;
+        let (receipt, waits) = self.take(caller, report)?;
+        for durable in waits {
+            Answer::Later((), durable).told().await?;
         }
         Ok(receipt)
     }
@@ -229,7 +240,7 @@ impl App {
         &self,
         caller: Caller,
         report: &Report<'_>,
-    ) -> Result<(Receipt, Vec<Answer<()>>), ReportError> {
+    ) -> Result<(Receipt, Vec<Durable>), ReportError> {
         let owner = Owner { principal: caller.principal, namespace: report.namespace.into() };
         let (catalogue, now) = (self.catalogue.load(), caller.now);
         let namespace = catalogue.namespace(report.namespace);
@@ -256,9 +267,9 @@ impl App {
             by: Reporter { id, zone },
             now,
             again,
-            answers: Vec::new(),
+            waits: Vec::new(),
             circuits: Vec::new(),
-            places: HashMap::new(),
+            places: HashMap::default(),
         };
 
         let mut receipt = Receipt { duplicate: again, ..Receipt::default() };
@@ -284,7 +295,7 @@ impl App {
             self.leave(report.namespace, id, now.time);
         }
         receipt.circuits = telling.circuits;
-        Ok((receipt, telling.answers))
+        Ok((receipt, telling.waits))
     }
 
     /// Settles a grant that is kept, or a part of what it owes.
@@ -301,7 +312,7 @@ impl App {
                 Taken::Unknown => return Ok(Reported::UnknownGrant),
             };
         for due in dues {
-            telling.answers.push(self.settle(&due, telling.now)?);
+            telling.wait(self.settle(&due, telling.now)?);
         }
         // Whatever becomes of that: nobody tells of this grant again.
         self.tell_passes(&passes, told.call, false, telling)?;
@@ -362,16 +373,17 @@ impl App {
         client: Option<Client<'_>>,
         telling: &mut Telling<'_>,
     ) -> Result<Renewed, StorageError> {
-        let (owner, now) = (&telling.owner, telling.now);
+        let now = telling.now;
         // Two attempts at once must not take over the permits of two.
         let _alone = self.grants.is_of_earlier(name.id).then(|| self.attesting.lock());
         let catalogue = self.catalogue.load();
-        match self.grants.renew(name.id, owner, &catalogue, now.time) {
+        match self.grants.renew(name.id, &telling.owner, &catalogue, now.time) {
             Taken::Open(life) => return Ok(life),
             Taken::Settled => return Ok(Duration::ZERO),
             Taken::Unknown => {}
         }
-        let Some(claim) = name.claim.filter(|_| self.grants.is_forgotten(name, owner)) else {
+        let Some(claim) = name.claim.filter(|_| self.grants.is_forgotten(name, &telling.owner))
+        else {
             return Ok(Duration::ZERO);
         };
         let Some(limiter) = catalogue.numbered(claim.number) else { return Ok(Duration::ZERO) };
@@ -380,11 +392,11 @@ impl App {
         };
         let judge = Judge { limiter, catalogue: &catalogue };
         let mut attest = |cell| limiter.settings.attested(cell, claim.permits, now);
-        let (answer, attested) = split(self.storage.change(claim.cell, judge, &mut attest, now)?);
+        let (attested, answer) = self.storage.change(claim.cell, judge, &mut attest, now)?.split();
         if !attested {
             return Ok(Duration::ZERO);
         }
-        telling.answers.push(answer);
+        telling.wait(answer);
         let open = OpenPart {
             holds: Holds::Permit,
             number: claim.number,
@@ -399,16 +411,8 @@ impl App {
         let client = client.map_or("", |client| client.id).into();
         self.grants.restore(
             name.id,
-            Grant { owner: owner.clone(), client, parts, passes: Default::default() },
+            Grant { owner: telling.owner.clone(), client, parts, passes: Default::default() },
         );
         Ok(permits.ttl())
-    }
-}
-
-/// What is known at once, and when it may be told.
-fn split<T>(answer: Answer<T>) -> (Answer<()>, T) {
-    match answer {
-        Answer::Now(value) => (Answer::Now(()), value),
-        Answer::Later(value, durable) => (Answer::Later((), durable), value),
     }
 }
