@@ -2,7 +2,6 @@
 
 use fusebox_proto::v1::{AcquireRequest, Ask, resilience_client::ResilienceClient};
 use tokio::task::JoinSet;
-use tonic::transport::Endpoint;
 
 use crate::{Result, load::Load, process::Server, traffic::Traffic};
 
@@ -40,8 +39,7 @@ impl Crowd {
                 load.each(Traffic::with_ids("slow", REMEMBERED), REMEMBERED).await?;
             }
             Self::Line => {
-                let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc()))?;
-                let mut client = ResilienceClient::new(endpoint.connect().await?);
+                let mut client = ResilienceClient::new(server.channel().await?);
                 let ask = Ask { policy: "one".into(), ..Ask::default() };
                 let request = AcquireRequest {
                     namespace: "bench".into(),

@@ -4,15 +4,28 @@
 //! Each decision runs N and 2 N times in a process of its own, counted inside [`repeat`] only, where no clock is
 //! calibrated; the difference is what N of them take.
 
-use std::{env, fs, hint::black_box, num::NonZeroU32, process::Command, sync::Arc, time::Duration};
+use std::{
+    env, fs,
+    hint::black_box,
+    num::NonZeroU32,
+    pin::pin,
+    process::Command,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
 
 use clap::ValueEnum;
 use fusebox_core::{
     Ask, Charging, Concurrency, Decision, Limit, Moment, Policy, RetryBudget, Rule, Rules,
     SlidingWindow, Time, TokenBucket, Wall, Window, WindowLimit,
+    circuit::{Call, Generation, LATENCIES, Outcome},
 };
 use fusebox_server::{
-    app::{Caller, Descriptor, Principal, RatelimitRequest, Ratelimited},
+    app::{
+        self, Acquire, App, Caller, Client, Delta, Descriptor, Entry, Granted, Principal, Priority,
+        RatelimitRequest, Ratelimited, Report, Reported, Told,
+    },
     catalogue::{Budget, Catalogue, CellHasher, Domains, Limiter, LimiterNumber, PolicyName},
     clock::{Clock, SystemClock},
     config::{Config, envoy::files},
@@ -50,6 +63,22 @@ const MANY: u32 = 10_000;
 
 /// Settings of Envoy's rate limit service, where no folder is read.
 const RATELIMIT: &str = "envoy_ratelimit: {config_dir: none}";
+
+/// What is asked of the app by name, and told to it.
+const POLICIES: &str = "
+namespaces:
+  bench:
+    policies:
+      slow: {token_bucket: {limit: 1000000000, per: 1d}}
+      target: {breaker: {}}
+";
+
+/// Reporters of a circuit, where there are as many as are told apart.
+const REPORTERS: usize = 32;
+
+/// Latency that is told of calls: one bucket of a delta's.
+const LATENCY: Duration = Duration::from_millis(10);
+const LATENCY_BUCKET: usize = 13;
 
 /// Time that passes between two decisions.
 const STEP: Duration = Duration::from_micros(1);
@@ -91,6 +120,28 @@ pub(crate) enum What {
     Ratelimit,
     /// The same, of three descriptors.
     RatelimitThree,
+    /// All that an Acquire of a limiter is.
+    AcquireLimiter,
+    /// The same, of a circuit that is closed.
+    AcquireCircuit,
+    /// The same, of both.
+    AcquireBoth,
+    /// The id of a call through a circuit, as it is written and read again.
+    Id,
+    /// All that a Report of one outcome is, of a call through a closed circuit of one reporter.
+    Outcome,
+    /// The same, of many reporters.
+    OutcomeOfMany,
+    /// The same, of 100 outcomes.
+    Outcomes,
+    /// All that a Report of one delta is, of one call.
+    DeltaOne,
+    /// The same, of 100.
+    DeltaHundred,
+    /// The same, of 10,000.
+    DeltaMany,
+    /// The same, of 10,000 and many reporters.
+    DeltaOfMany,
     /// `governor`, by a clock that is a number.
     Governor,
     /// `governor`, by its default clock.
@@ -117,6 +168,17 @@ impl What {
             Self::RuleOfPrefixes => "the same: 10,000 rules of one key, each of another prefix",
             Self::Ratelimit => "`App::should_rate_limit`, 1 descriptor",
             Self::RatelimitThree => "the same: 3 descriptors",
+            Self::AcquireLimiter => "`App::acquire`, a token bucket",
+            Self::AcquireCircuit => "the same: a closed circuit",
+            Self::AcquireBoth => "the same: a token bucket and a closed circuit",
+            Self::Id => "the id of a call through a circuit, written and read",
+            Self::Outcome => "`App::report`, 1 outcome of a circuit of 1 reporter",
+            Self::OutcomeOfMany => "the same: 32 reporters",
+            Self::Outcomes => "the same: 100 outcomes, 1 reporter",
+            Self::DeltaOne => "`App::report`, a delta of 1 call, 1 reporter",
+            Self::DeltaHundred => "the same: 100 calls",
+            Self::DeltaMany => "the same: 10,000 calls",
+            Self::DeltaOfMany => "the same: 10,000 calls, 32 reporters",
             Self::Governor => "`governor` `check_key`, fake clock",
             Self::GovernorClock => "`governor` `check_key`, default clock",
         }
@@ -127,6 +189,7 @@ impl What {
         match self {
             Self::EmbeddedClock => Some(Self::GovernorClock),
             Self::Nothing | Self::Rule | Self::RuleOfMany | Self::RuleOfPrefixes => None,
+            Self::Id => None,
             Self::Governor | Self::GovernorClock => None,
             _ => Some(Self::Governor),
         }
@@ -179,7 +242,7 @@ pub(crate) fn measure() -> Result<()> {
         "Counted by callgrind, less the loop's own. `governor` (GCRA, one atomic word for each key, behind its one locked \
          hash map) says yes or no; ours also tells limit, remaining and the wait until full, and remembers open estimates. \
          The core alone finds no cell and locks nothing. What a proxy asks is found by its rule, decided as an ask is, \
-         counted and told; no message is read or written.",
+         counted and told; no message is read or written. Nor is one for what is asked of the app and told to it.",
     );
     print(&table.take_text())
 }
@@ -232,6 +295,17 @@ pub(crate) fn run(what: What, times: usize) -> Result<()> {
         What::RuleOfPrefixes => rule(&rules::file(MANY, Others::Prefixes), each)?,
         What::Ratelimit => ratelimit(1, each, passes)?,
         What::RatelimitThree => ratelimit(3, each, passes)?,
+        What::AcquireLimiter => acquire(&["slow"], each, passes),
+        What::AcquireCircuit => acquire(&["target"], each, passes),
+        What::AcquireBoth => acquire(&["slow", "target"], each, passes),
+        What::Id => id(each, at(STEP)),
+        What::Outcome => report(Telling::Outcomes(1), 1, each, passes),
+        What::OutcomeOfMany => report(Telling::Outcomes(1), REPORTERS, each, passes),
+        What::Outcomes => report(Telling::Outcomes(100), 1, each, passes),
+        What::DeltaOne => report(Telling::Delta(1), 1, each, passes),
+        What::DeltaHundred => report(Telling::Delta(100), 1, each, passes),
+        What::DeltaMany => report(Telling::Delta(10_000), 1, each, passes),
+        What::DeltaOfMany => report(Telling::Delta(10_000), REPORTERS, each, passes),
         What::Governor => {
             let clock = FakeRelativeClock::default();
             let advance = || clock.advance(STEP);
@@ -361,6 +435,113 @@ fn ratelimit(
         assert!(matches!(answer, Ok(Answer::Now(true))), "there is enough, and it is told at once");
     });
     Ok(())
+}
+
+/// Asks the app for some policies of one key; gives the grant, and the generation of a circuit.
+fn ask_app(
+    app: &App,
+    policies: &[&str],
+    key: &str,
+    now: Moment,
+) -> (Option<Granted>, Option<Generation>) {
+    let caller = Caller { principal: Principal::Anonymous, now };
+    let ask = |policy| app::Ask { policy, key, cost: 1, estimated: false, lease: 0 };
+    let asks = policies.iter().copied().map(ask);
+    let entry = Entry { asks, priority: Priority::Normal, retry: false };
+    let request = Acquire { namespace: "bench", client: None, entry };
+    let answer = black_box(app).acquire(caller, request, |acquired| {
+        let view = acquired.circuits.first().and_then(|crossed| crossed.view.as_ref());
+        let generation = view.map(|view| view.generation);
+        acquired.decided.decision.allowed.then(|| (acquired.grant.clone(), generation))
+    });
+    match answer {
+        Ok(Answer::Now(Some(allowed))) => allowed,
+        _ => panic!("there is enough, and it is told at once"),
+    }
+}
+
+fn acquire(
+    policies: &[&str],
+    each: impl Fn(&mut dyn FnMut(usize, &String)),
+    mut now: impl FnMut() -> Moment,
+) {
+    let app = app(&Lifecycle::default(), POLICIES);
+    each(&mut |_, key| {
+        black_box(ask_app(&app, policies, key, now()));
+    });
+}
+
+fn id(each: impl Fn(&mut dyn FnMut(usize, &String)), now: Moment) {
+    let app = app(&Lifecycle::default(), POLICIES);
+    let granted = |key: &String| ask_app(&app, &["target"], key, now).0;
+    let mut ids = Vec::new();
+    each(&mut |index, key| {
+        if index == ids.len() {
+            ids.extend(granted(key));
+        }
+        let text = black_box(&ids[index]).to_string();
+        assert!(black_box(&text).parse::<Granted>().is_ok(), "it is one");
+    });
+}
+
+/// What is told in one report.
+#[derive(Clone, Copy)]
+enum Telling {
+    /// So many outcomes of one circuit.
+    Outcomes(usize),
+    /// A delta of so many calls.
+    Delta(u32),
+}
+
+/// Tells the app how calls went, as each of so many reporters in turn, which were there before.
+fn report(
+    telling: Telling,
+    reporters: usize,
+    each: impl Fn(&mut dyn FnMut(usize, &String)),
+    mut now: impl FnMut() -> Moment,
+) {
+    let app = app(&Lifecycle::default(), POLICIES);
+    let names: Vec<_> = (0..reporters).map(|number| format!("checkout-{number:02}")).collect();
+    let mut tell = |telling, name: &str, key: &String, (granted, generation)| {
+        let now = now();
+        let call = Call { outcome: Outcome::Success, latency: Some(LATENCY), kind: "" };
+        let told = Told { call, ..Told::default() };
+        let mut latencies = [0; LATENCIES];
+        let mut report = Report {
+            namespace: "bench",
+            client: Some(Client { id: name, service: "checkout", zone: "a" }),
+            ..Report::default()
+        };
+        match telling {
+            Telling::Outcomes(count) => report.outcomes = vec![(granted, told); count],
+            Telling::Delta(calls) => {
+                latencies[LATENCY_BUCKET] = calls.into();
+                let (policy, successes, latencies) = ("target", calls, &latencies[..]);
+                let delta =
+                    Delta { policy, key, generation, successes, latencies, ..Delta::default() };
+                report.deltas = vec![delta];
+            }
+        }
+        let caller = Caller { principal: Principal::Anonymous, now };
+        let done = pin!(black_box(&app).report(caller, &report))
+            .poll(&mut Context::from_waker(Waker::noop()));
+        let Poll::Ready(Ok(receipt)) = done else { panic!("it is told at once") };
+        let mut results = receipt.results.iter().chain(&receipt.delta_results);
+        assert!(results.all(|result| *result == Reported::Applied), "it counts");
+    };
+    let mut passed = Vec::new();
+    let mut times = 0;
+    each(&mut |index, key| {
+        if index == passed.len() {
+            let (granted, generation) = ask_app(&app, &["target"], key, at(STEP));
+            passed.push((granted, generation.unwrap_or_default()));
+            for name in &names {
+                tell(Telling::Outcomes(1), name, key, passed[index].clone());
+            }
+        }
+        times += 1;
+        tell(telling, &names[times / KEYS % names.len()], key, passed[index].clone());
+    });
 }
 
 fn governed<C: clock::Clock>(

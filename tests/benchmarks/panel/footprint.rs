@@ -90,7 +90,7 @@ async fn measure_engine(options: &Options, engine: Engine) -> Result<Vec<String>
 }
 
 /// Waits until the server has nothing left to do, and tells how long that took.
-async fn rest(server: &Server) -> Result<Duration> {
+pub(crate) async fn rest(server: &Server) -> Result<Duration> {
     const LOOK: Duration = Duration::from_secs(1);
     let begin = Instant::now();
     loop {

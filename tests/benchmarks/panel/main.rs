@@ -5,6 +5,7 @@
 //! servers are processes of their own, so that their CPU can be told from the generator's.
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // figures for people, of a known range
 
+mod circuits;
 mod crowd;
 mod decide;
 mod flood;
@@ -58,7 +59,7 @@ struct Options {
     #[arg(long, value_name = "TEXT")]
     rows: Vec<String>,
     /// What to measure.
-    #[arg(long, value_delimiter = ',', default_values = ["rows", "footprint", "rules", "instructions"])]
+    #[arg(long, value_delimiter = ',', default_values = ["rows", "circuits", "footprint", "rules", "instructions"])]
     parts: Vec<Part>,
     /// Connections to a server, shared by its calls.
     #[arg(long, value_name = "COUNT", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
@@ -87,6 +88,8 @@ struct Options {
 enum Part {
     /// Throughput, CPU and latency.
     Rows,
+    /// The same of circuits; their memory, and the time until all who watch know of a transition.
+    Circuits,
     /// Memory and disk for each live key, and the time that a restart takes.
     Footprint,
     /// Start, reload and memory with many rules of Envoy's rate limit service.
@@ -142,8 +145,11 @@ fn measure(options: &Options) -> Result<()> {
 
 async fn all(options: &Options) -> Result<()> {
     print(&machine::described()?)?;
-    if options.parts.contains(&Part::Rows) {
+    if options.parts.contains(&Part::Rows) || options.parts.contains(&Part::Circuits) {
         rows::measure(options).await?;
+    }
+    if options.parts.contains(&Part::Circuits) {
+        circuits::measure(options).await?;
     }
     if options.parts.contains(&Part::Footprint) {
         footprint::measure(options).await?;

@@ -16,6 +16,7 @@ use tokio::{
     net::TcpStream,
     time::sleep,
 };
+use tonic::transport::{Channel, Endpoint};
 
 use crate::{
     Options, Result,
@@ -48,6 +49,9 @@ namespaces:
       permits: {concurrency: {limit: 1000000000, ttl: 100ms}}
       retries: {retry_budget: {ratio: 20%}}
       shadow: {token_bucket: {limit: 1000000000, per: 1d}, shadow: true}
+      target: {breaker: {}, max_cells: 100000}
+      # It opens and closes when it is told to, and by nothing else.
+      fleet: {breaker: {open_for: 1h, backoff: {max: 1h}, ramp: {steps: []}}}
       three:
         limits:
           - token_bucket: {limit: 1000000000, per: 1d}
@@ -210,6 +214,11 @@ impl Server {
 
     pub(crate) fn grpc(&self) -> SocketAddr {
         self.addresses[0]
+    }
+
+    /// A connection to it.
+    pub(crate) async fn channel(&self) -> Result<Channel> {
+        Ok(Endpoint::from_shared(format!("http://{}", self.grpc()))?.connect().await?)
     }
 
     /// Asks the server to end, and tells how long that took.

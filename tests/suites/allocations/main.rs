@@ -6,15 +6,21 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
     fs,
+    pin::pin,
     sync::Arc,
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
-use fusebox_core::{Admission, Reason, Verdict};
+use fusebox_core::{
+    Admission, Reason, Verdict,
+    circuit::{Call, Outcome},
+};
 use fusebox_proto::v1::{AcquireRequest, Ask, resilience_server::Resilience};
 use fusebox_server::{
     app::{
-        self, Acquire, App, Descriptor, Entry, Principal, Priority, RatelimitRequest, Ratelimited,
+        self, Acquire, App, Client, Delta, Descriptor, Entry, Granted, Principal, Priority,
+        RatelimitRequest, Ratelimited, Report, Reported, Told,
     },
     counters::Decisions,
     grpc::{Answers, Service},
@@ -61,16 +67,26 @@ namespaces:
     policies:
       some: {token_bucket: {limit: 3, per: 1m}}
       many: {token_bucket: {limit: 1000000, per: 1m}}
+      target: {breaker: {}}
+      host: {breaker: {}}
 ";
 
 fn decide(app: &Arc<App>, policies: &[&str], cost: u64) -> bool {
+    granted(app, policies, cost).0
+}
+
+/// Whether it is allowed, and the grant.
+fn granted(app: &Arc<App>, policies: &[&str], cost: u64) -> (bool, Option<Granted>) {
     let ask = |policy| app::Ask { policy, key: "key", cost, estimated: false, lease: 0 };
     let asks = policies.iter().copied().map(ask);
     let caller = app.caller(Principal::Anonymous);
     let entry = Entry { asks, priority: Priority::Normal, retry: false };
     let acquire = Acquire { namespace: "test", client: None, entry };
-    match app.acquire(caller, acquire, |acquired| acquired.decided.decision.allowed).unwrap() {
-        Answer::Now(allowed) => allowed,
+    let answer = app.acquire(caller, acquire, |acquired| {
+        (acquired.decided.decision.allowed, acquired.grant.clone())
+    });
+    match answer.unwrap() {
+        Answer::Now(granted) => granted,
         Answer::Later(..) => panic!("memory answers at once"),
     }
 }
@@ -88,6 +104,63 @@ fn a_decision_on_live_cells_allocates_nothing() {
         for cost in [0, 1, 1, 1, 1] {
             assert_eq!(allocations(|| decide(&app, policies, cost)).0, 0, "{policies:?} {cost}");
         }
+    }
+}
+
+#[test]
+fn a_call_through_closed_circuits_allocates_nothing() {
+    let app = app(&Lifecycle::default(), CONFIG);
+    for policies in [&["target"][..], &["target", "host"], &["many", "target"], &["some", "host"]] {
+        decide(&app, policies, 1); // the circuits are there
+        for cost in [0, 1, 1, 1, 1] {
+            let (count, (_, grant)) = allocations(|| granted(&app, policies, cost));
+            assert_eq!(count, 0, "{policies:?} {cost}");
+            assert!(cost == 0 || grant.is_some() || policies[0] == "some", "{policies:?}");
+        }
+    }
+}
+
+/// What the app allocates for a report that says something for the second time.
+fn allocations_of(app: &Arc<App>, report: &Report<'_>) -> usize {
+    let tell = || {
+        let told = app.report(app.caller(Principal::Anonymous), report);
+        match pin!(told).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(receipt) => receipt.unwrap(),
+            Poll::Pending => panic!("memory answers at once"),
+        }
+    };
+    tell(); // the reporter is there
+    let (count, receipt) = allocations(tell);
+    let mut results = receipt.results.iter().chain(&receipt.delta_results);
+    assert!(results.all(|result| *result == Reported::Applied));
+    count
+}
+
+#[test]
+fn a_report_allocates_what_it_tells_of_it_however_many_calls_that_were() {
+    let app = app(&Lifecycle::default(), CONFIG);
+    let (_, grant) = granted(&app, &["target"], 1);
+    let client = Some(Client { id: "one", service: "checkout", zone: "a" });
+    let latency = Some(Duration::from_millis(10));
+    for (outcome, kind) in [(Outcome::Success, ""), (Outcome::Failure, "timeout")] {
+        let told = Told { call: Call { outcome, latency, kind }, ..Told::default() };
+        for count in [1, 4] {
+            let outcomes = vec![(grant.clone(), told); count];
+            let report = Report { namespace: "test", client, outcomes, ..Report::default() };
+            assert_eq!(
+                allocations_of(&app, &report),
+                999,
+                "{count}: the namespace of its owner, the results, the circuits, and where each of them is"
+            );
+        }
+    }
+    let latencies = [0, 0, 1];
+    for successes in [1, 100, 10_000] {
+        let (policy, key, generation) = ("target", "key", app.circuits().absent());
+        let delta =
+            Delta { policy, key, generation, successes, latencies: &latencies, ..Delta::default() };
+        let report = Report { namespace: "test", client, deltas: vec![delta], ..Report::default() };
+        assert_eq!(allocations_of(&app, &report), 999, "and whom the delta is told to");
     }
 }
 
