@@ -507,12 +507,12 @@ impl App {
         Ok(Buckets { buckets, next, unnamed })
     }
 
-    /// The keys of a policy that are asked for most.
+    /// The keys of a policy that are asked for most. Those of a breaker are not counted.
     ///
     /// # Errors
-    /// If there is no such policy.
+    /// If there is no such policy, or it is a breaker.
     pub fn top_keys(&self, name: &PolicyName, count: usize) -> Result<Ranking, AdminError> {
-        Ok(self.asked(&self.catalogue.load(), name)?.top_keys.top(count))
+        Ok(self.limiting(&self.catalogue.load(), name)?.top_keys.top(count))
     }
 
     /// Forgets what one bucket has spent, but for what open grants hold; the bucket before and after.

@@ -397,7 +397,7 @@ mod tests {
         for (setting, words) in [
             (
                 "shadow: true",
-                "`shadow` beside a breaker: circuits have the mode METRICS_ONLY for that, set by \
+                "`shadow` beside a breaker: circuits have CIRCUIT_MODE_METRICS_ONLY for that, set by \
                  SetCircuitMode",
             ),
             (

@@ -228,7 +228,7 @@ impl Besides {
             (
                 self.shadow,
                 "shadow",
-                "circuits have the mode METRICS_ONLY for that, set by SetCircuitMode",
+                "circuits have CIRCUIT_MODE_METRICS_ONLY for that, set by SetCircuitMode",
             ),
             (
                 self.reserves.is_some(),
