@@ -26,10 +26,12 @@ async fn ask() -> Result<(), Box<dyn Error>> {
     let client = Client::connect(address, namespace).await?;
     let acquired = client.acquire([Ask::new(policy, key).cost(cost.parse()?)]).await?;
     let verdict = acquired.verdicts.first().ok_or("no verdict")?;
-    match (acquired.allowed, acquired.retry_after()) {
-        (true, _) => println!("allowed; {} left", verdict.remaining.unwrap_or_default()),
-        (false, Some(wait)) => println!("denied; again in {wait:?}"),
-        (false, None) => println!("denied, for good"),
+    match (acquired.allowed, verdict.remaining, acquired.retry_after()) {
+        (true, Some(remaining), _) => println!("allowed; {remaining} left"),
+        // A circuit has nothing that could be used up.
+        (true, None, _) => println!("allowed"),
+        (false, _, Some(wait)) => println!("denied; again in {wait:?}"),
+        (false, ..) => println!("denied, for good"),
     }
     Ok(())
 }
