@@ -173,12 +173,13 @@ class Refusal:
 
 
 class Client:
-    """Speaks `fusebox.v1.Resilience` from what reflection tells."""
+    """Speaks one service, `fusebox.v1.Resilience` if not another, from what reflection tells."""
 
-    def __init__(self, channel: grpc.Channel):
+    def __init__(self, channel: grpc.Channel, service: str = SERVICE):
         self._channel = channel
+        self._service = service
         self._pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
-        self.methods = self._pool.FindServiceByName(SERVICE).methods_by_name
+        self.methods = self._pool.FindServiceByName(service).methods_by_name
 
     def request(self, method: str, fields: dict | None = None) -> Message:
         """The request of a method, with these fields set."""
@@ -186,15 +187,11 @@ class Client:
 
     def call(self, method: str, request: dict | Message) -> Message:
         """Calls a method."""
-        if isinstance(request, dict):
-            request = self.request(method, request)
-        response = message_factory.GetMessageClass(self.methods[method].output_type)
-        stub = self._channel.unary_unary(
-            f"/{SERVICE}/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=response.FromString,
-        )
-        return stub(request, timeout=PATIENCE_SECONDS)
+        return self._start(self._channel.unary_unary, method, request)
+
+    def stream(self, method: str, request: dict | Message) -> grpc.Call:
+        """Calls a method that answers with many messages: what it returns is iterated, or cancelled."""
+        return self._start(self._channel.unary_stream, method, request)
 
     def refused(self, method: str, request: dict | Message) -> Refusal:
         """Calls a method that must fail."""
@@ -206,6 +203,17 @@ class Client:
             return Refusal(error.code().name, error.details(), details)
         raise AssertionError(f"{method} was not refused, but answered {response}")
 
+    def _start(self, kind, method: str, request: dict | Message):
+        if isinstance(request, dict):
+            request = self.request(method, request)
+        response = message_factory.GetMessageClass(self.methods[method].output_type)
+        stub = kind(
+            f"/{self._service}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        return stub(request, timeout=PATIENCE_SECONDS)
+
     def _unpacked(self, detail) -> Message:
         descriptor = self._pool.FindMessageTypeByName(detail.TypeName())
         return message_factory.GetMessageClass(descriptor).FromString(detail.value)
@@ -213,8 +221,16 @@ class Client:
 
 def name(message: Message, field: str) -> str:
     """The name of the value of an enum field."""
-    number = getattr(message, field)
-    return message.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number[number].name
+    return _names(message, field)[getattr(message, field)].name
+
+
+def names(message: Message, field: str) -> list[str]:
+    """The names of the values of an enum field that has many."""
+    return [_names(message, field)[number].name for number in getattr(message, field)]
+
+
+def _names(message: Message, field: str):
+    return message.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number
 
 
 class ServerCase(unittest.TestCase):

@@ -30,12 +30,12 @@ class Grpcurl(ServerCase):
         self.assertIn(SERVICE, services)
         self.assertIn("grpc.health.v1.Health", services)
         methods = self.printed(self.server.grpc, "list", SERVICE).splitlines()
-        expected = [f"{SERVICE}.{method}" for method in ["Acquire", "AcquireBatch", "Report"]]
+        expected = [f"{SERVICE}.{method}" for method in ["Acquire", "AcquireBatch", "Report", "Watch"]]
         self.assertEqual(methods, expected)
 
     def test_describe_shows_each_field_with_its_meaning(self):
         text = self.printed(self.server.grpc, "describe", "fusebox.v1.AcquireRequest")
-        self.assertIn("  // What to charge: 1 to 16 asks, no policy and key twice.\n", text)
+        self.assertIn("\n  // How much the call matters: ", text)
         self.assertIn("  repeated .fusebox.v1.Ask asks = 2;\n", text)
 
     def test_a_call_is_decided(self):

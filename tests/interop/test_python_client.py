@@ -4,7 +4,7 @@ import time
 from unittest import TestCase
 
 import grpc
-from fusebox import PATIENCE_SECONDS, ROOT, SERVICE, Client, Server, ServerCase, name
+from fusebox import PATIENCE_SECONDS, ROOT, SERVICE, Client, Server, ServerCase, name, names
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -103,18 +103,14 @@ class Kinds(TestCase):
         self.assertEqual(renewal.expires_in.ToSeconds(), 10)
         report = {"namespace": "partner", "outcomes": [{"grant_id": permit.grant_id}] * 2}
         answer = self.client.call("Report", report)
-        results = answer.DESCRIPTOR.fields_by_name["results"].enum_type.values_by_number
         self.assertEqual(
-            [results[number].name for number in answer.results],
-            ["REPORT_RESULT_APPLIED", "REPORT_RESULT_DUPLICATE"],
+            names(answer, "results"), ["REPORT_RESULT_APPLIED", "REPORT_RESULT_DUPLICATE"]
         )
 
 
 class Report(ServerCase):
     def results(self, *outcomes: dict) -> list[str]:
-        response = self.client.call("Report", {"namespace": "demo", "outcomes": outcomes})
-        results = response.DESCRIPTOR.fields_by_name["results"].enum_type
-        return [results.values_by_number[number].name for number in response.results]
+        return names(self.client.call("Report", {"namespace": "demo", "outcomes": outcomes}), "results")
 
     def test_an_estimate_is_settled_once(self):
         ask = {"policy": "signup", "key": "estimate", "cost": 3, "estimated": True}
