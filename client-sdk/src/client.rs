@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusebox_proto::v1::{AcquireRequest, ReportRequest, resilience_client::ResilienceClient};
+use fusebox_proto::v1::{self, AcquireRequest, ReportRequest, resilience_client::ResilienceClient};
 use thiserror::Error;
 use tonic::{
     Request, Status,
@@ -22,6 +22,7 @@ const CALL_TIME: Duration = Duration::from_secs(5);
 pub struct Client {
     inner: ResilienceClient<Channel>,
     namespace: String,
+    who: Option<v1::Client>,
 }
 
 /// Why there is no answer. Never a denial: that is an answer.
@@ -61,7 +62,15 @@ impl Client {
             let cause = innermost(&error).to_string();
             Error::Connect { endpoint: endpoint.clone(), cause }
         })?;
-        Ok(Self { inner: ResilienceClient::new(channel), namespace: namespace.into() })
+        Ok(Self { inner: ResilienceClient::new(channel), namespace: namespace.into(), who: None })
+    }
+
+    /// Names the process that calls, in at most 128 bytes: new at each start of it.
+    ///
+    /// Reporters of circuits are told apart by it; those without a name are one.
+    #[must_use]
+    pub fn named(self, id: impl Into<String>) -> Self {
+        Self { who: Some(v1::Client { id: id.into(), ..Default::default() }), ..self }
     }
 
     /// Asks for 1 to 16 things together: all are charged, or none is.
@@ -71,8 +80,8 @@ impl Client {
     /// "not admitted, perhaps charged"; every other code charged nothing.
     pub async fn acquire(&self, asks: impl IntoIterator<Item = Ask>) -> Result<Acquired, Error> {
         let asks = asks.into_iter().map(Into::into).collect();
-        let request =
-            AcquireRequest { namespace: self.namespace.clone(), asks, ..Default::default() };
+        let (namespace, client) = (self.namespace.clone(), self.who.clone());
+        let request = AcquireRequest { namespace, client, asks, ..Default::default() };
         let response = self.inner.clone().acquire(timed(request)).await.map_err(Box::new)?;
         Acquired::try_from(response.into_inner()).map_err(Error::Answer)
     }
@@ -86,8 +95,8 @@ impl Client {
         outcomes: impl IntoIterator<Item = Outcome>,
     ) -> Result<Vec<Reported>, Error> {
         let outcomes = outcomes.into_iter().map(Into::into).collect();
-        let request =
-            ReportRequest { namespace: self.namespace.clone(), outcomes, ..Default::default() };
+        let (namespace, client) = (self.namespace.clone(), self.who.clone());
+        let request = ReportRequest { namespace, client, outcomes, ..Default::default() };
         let response = self.inner.clone().report(timed(request)).await.map_err(Box::new)?;
         let results = response.into_inner().results;
         results
