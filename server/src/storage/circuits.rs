@@ -5,6 +5,8 @@
 
 mod board;
 mod tally;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{HashMap, hash_map},
@@ -542,7 +544,7 @@ impl Entry {
 pub struct Locked<'a> {
     circuits: &'a Circuits,
     shards: ArrayVec<(usize, MutexGuard<'a, Shard>), { limits::CIRCUIT_ASKS }>,
-    /// Some shard in which somebody saw what is not written yet.
+    /// The first of the shards in which somebody saw what is not written yet.
     unwritten: Option<usize>,
 }
 
@@ -577,7 +579,8 @@ impl Locked<'_> {
             changed
         });
         if !entry.is_written() {
-            self.unwritten = Some(locked);
+            // The writer takes the shards in their order: what waits in the first of them comes after all of it.
+            self.unwritten = Some(self.unwritten.map_or(locked, |before| before.min(locked)));
         }
         value
     }
