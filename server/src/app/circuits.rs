@@ -2,7 +2,7 @@
 
 use std::{fmt, hash::Hasher, str::FromStr, sync::Arc};
 
-use arrayvec::{ArrayString, ArrayVec};
+use arrayvec::ArrayVec;
 use fusebox_core::{
     Time,
     circuit::{
@@ -87,7 +87,7 @@ const MARK: &str = "c";
 
 /// An id in the making. It is written by hand, as each call through a circuit has one: formatting takes longer than
 /// all that is decided.
-struct Text(ArrayString<LONGEST>);
+struct Text(ArrayVec<u8, LONGEST>);
 
 /// Longest id that anybody can name, also one that nobody has: the mark, the parts of each call, and the seal.
 const LONGEST: usize = MARK.len() + limits::CIRCUIT_ASKS * (33 + 17 + 9) + 17;
@@ -95,31 +95,35 @@ const LONGEST: usize = MARK.len() + limits::CIRCUIT_ASKS * (33 + 17 + 9) + 17;
 impl Text {
     /// Adds a part of at least so many hexadecimal digits.
     fn put(&mut self, number: u64, digits: u32) {
-        self.0.push('-');
+        self.0.push(b'-');
         let digits = digits.max((u64::BITS - number.leading_zeros()).div_ceil(4));
         self.put_digits(number, digits);
     }
 
-    #[allow(clippy::cast_possible_truncation)] // to the lowest digit
     fn put_digits(&mut self, number: u64, digits: u32) {
         for digit in (0..digits).rev() {
-            let digit = char::from_digit((number >> (4 * digit)) as u32 & 0xf, 16);
-            self.0.push(digit.unwrap_or_default());
+            let [digit, ..] = (number >> (4 * digit)).to_le_bytes();
+            self.0.push(b"0123456789abcdef"[usize::from(digit & 0xf)]);
         }
+    }
+
+    fn as_str(&self) -> &str {
+        // Of letters, digits and dashes.
+        str::from_utf8(&self.0).unwrap_or_default()
     }
 }
 
 impl PassName {
     fn text(&self) -> Text {
-        let mut text = Text(ArrayString::new());
-        text.0.push_str(MARK);
+        let mut text = Text(ArrayVec::new());
+        text.0.extend(MARK.bytes());
         for Pass { cell, generation, probe } in &self.passes {
             text.put(cell.0[0], 16);
             text.put_digits(cell.0[1], 16);
             text.put(generation.0, 1);
             match probe {
                 Some(ProbeId(probe)) => text.put(u64::from(*probe), 1),
-                None => text.0.push('-'),
+                None => text.0.push(b'-'),
             }
         }
         text.put(self.seal, 16);
@@ -129,7 +133,7 @@ impl PassName {
 
 impl fmt::Display for PassName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text().0)
+        f.write_str(self.text().as_str())
     }
 }
 
@@ -157,7 +161,7 @@ impl FromStr for PassName {
         }
         // One spelling only: `+1` and `01` parse as well.
         let name = Self { passes, seal: number(seal)? };
-        if *name.text().0 == *text { Ok(name) } else { Err(NotAGrantId) }
+        if name.text().as_str() == text { Ok(name) } else { Err(NotAGrantId) }
     }
 }
 

@@ -272,7 +272,13 @@ impl App {
             places: HashMap::default(),
         };
 
-        let mut receipt = Receipt { duplicate: again, ..Receipt::default() };
+        let mut receipt = Receipt {
+            results: Vec::with_capacity(report.outcomes.len()),
+            delta_results: Vec::with_capacity(report.deltas.len()),
+            renewals: Vec::with_capacity(report.renewals.len()),
+            circuits: Vec::new(),
+            duplicate: again,
+        };
         for (granted, told) in &report.outcomes {
             let result = match granted {
                 Some(Granted::Kept(name)) => self.settle_kept(*name, *told, &mut telling)?,

@@ -184,6 +184,15 @@ impl What {
         }
     }
 
+    /// How often it is counted: what takes longest less often.
+    fn times(self) -> usize {
+        match self {
+            Self::OutcomeOfMany | Self::DeltaOfMany => TIMES / 10,
+            Self::Outcomes => TIMES / 100,
+            _ => TIMES,
+        }
+    }
+
     /// What it is compared with: the same work, as far as there is the same.
     fn twin(self) -> Option<Self> {
         match self {
@@ -222,10 +231,9 @@ pub(crate) fn measure() -> Result<()> {
     let mut counted = Vec::new();
     for what in What::value_variants() {
         eprintln!("counting instructions: {}", what.name());
-        counted.push((
-            *what,
-            (instructions(*what, 2 * TIMES)? - instructions(*what, TIMES)?) / TIMES as f64,
-        ));
+        let times = what.times();
+        let count = instructions(*what, 2 * times)? - instructions(*what, times)?;
+        counted.push((*what, count / times as f64));
     }
     let of =
         |wanted| counted.iter().find(|(what, _)| *what == wanted).map_or(0.0, |(_, count)| *count);

@@ -8,6 +8,7 @@
 mod circuits;
 mod crowd;
 mod decide;
+mod fleet;
 mod flood;
 mod footprint;
 mod load;
@@ -59,7 +60,7 @@ struct Options {
     #[arg(long, value_name = "TEXT")]
     rows: Vec<String>,
     /// What to measure.
-    #[arg(long, value_delimiter = ',', default_values = ["rows", "circuits", "footprint", "rules", "instructions"])]
+    #[arg(long, value_delimiter = ',', default_values = ["rows", "circuits", "fleet", "footprint", "rules", "instructions"])]
     parts: Vec<Part>,
     /// Connections to a server, shared by its calls.
     #[arg(long, value_name = "COUNT", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
@@ -88,8 +89,10 @@ struct Options {
 enum Part {
     /// Throughput, CPU and latency.
     Rows,
-    /// The same of circuits; their memory, and the time until all who watch know of a transition.
+    /// The same of circuits, and their memory.
     Circuits,
+    /// Time from a transition of a circuit until all who watch know of it.
+    Fleet,
     /// Memory and disk for each live key, and the time that a restart takes.
     Footprint,
     /// Start, reload and memory with many rules of Envoy's rate limit service.
@@ -150,6 +153,9 @@ async fn all(options: &Options) -> Result<()> {
     }
     if options.parts.contains(&Part::Circuits) {
         circuits::measure(options).await?;
+    }
+    if options.parts.contains(&Part::Fleet) {
+        fleet::measure(options).await?;
     }
     if options.parts.contains(&Part::Footprint) {
         footprint::measure(options).await?;

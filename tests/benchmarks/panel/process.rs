@@ -50,8 +50,10 @@ namespaces:
       retries: {retry_budget: {ratio: 20%}}
       shadow: {token_bucket: {limit: 1000000000, per: 1d}, shadow: true}
       target: {breaker: {}, max_cells: 100000}
-      # It opens and closes when it is told to, and by nothing else.
-      fleet: {breaker: {open_for: 1h, backoff: {max: 1h}, ramp: {steps: []}}}
+      # One reporter opens it, and an order closes it: nothing else does.
+      fleet:
+        breaker: {min_reporters: 1, open_for: 1h, backoff: {max: 1h}, ramp: {steps: []}}
+        max_cells: 100000
       three:
         limits:
           - token_bucket: {limit: 1000000000, per: 1d}
