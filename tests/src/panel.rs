@@ -96,6 +96,18 @@ pub fn app(lifecycle: &Lifecycle, config: &str) -> Arc<App> {
     app
 }
 
+/// What decides by this configuration on a journal, and what writes for it.
+///
+/// # Errors
+/// As [`storage::recover`].
+pub fn app_on(
+    journal: OpenJournal,
+    config: &Config,
+    clock: &Arc<ManualClock>,
+) -> Result<(App, Writer), RecoveryError> {
+    recover(journal, config, clock).map(app_of)
+}
+
 fn app_of(recovered: Recovered) -> (App, Writer) {
     let Recovered {
         catalogue,

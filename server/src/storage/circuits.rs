@@ -67,7 +67,7 @@ pub struct Circuits {
 struct Shard {
     /// Each by itself: a table of what is as large as they are would be half empty, and stand still while it grows.
     circuits: HashMap<CellId, Box<Entry>, BuildHasherDefault<Hashed>>,
-    /// Circuits whose record waits for the writer, and those that left.
+    /// Circuits whose record waits for the writer, to be written or to go.
     queued: Vec<CellId>,
     /// Who waits for what is queued.
     waiting: Vec<oneshot::Sender<Result<(), StorageError>>>,
@@ -137,6 +137,8 @@ struct Entry {
     queued: bool,
     /// Its record is being written.
     in_flight: bool,
+    /// It leaves, once its record is gone, if nobody uses it before that.
+    leaves: bool,
     /// What is told of it.
     told: View,
     /// What will be, once it is written.
@@ -146,6 +148,13 @@ struct Entry {
 impl Entry {
     fn is_written(&self) -> bool {
         !self.queued && !self.in_flight
+    }
+
+    /// Has the writer look at it.
+    fn queue(&mut self, queued: &mut Vec<CellId>) {
+        if !std::mem::replace(&mut self.queued, true) {
+            queued.push(self.name.cell);
+        }
     }
 
     /// Whether nobody will miss it, who has not used it for long.
@@ -161,7 +170,7 @@ impl Entry {
     }
 }
 
-/// What the writer takes along: circuits whose records it writes.
+/// What the writer takes along: circuits whose records it writes, or deletes.
 #[derive(Default)]
 pub(super) struct Taken(Vec<CellId>);
 
@@ -333,7 +342,7 @@ impl Circuits {
         for (cell, entry) in &mut *circuits {
             // Nearly all: this is all that is done under the lock.
             let unused = entry.used_at.after(limits::CIRCUIT_LINGERS) <= now;
-            if is_known && !unused && !entry.circuit.is_timed() {
+            if entry.leaves || is_known && !unused && !entry.circuit.is_timed() {
                 continue;
             }
             let Some(breaker) = breaker_of(entry) else {
@@ -351,8 +360,14 @@ impl Circuits {
             }
         }
         for cell in left {
-            if let Some(entry) = circuits.remove(&cell) {
-                self.forget(&entry, queued);
+            match circuits.entry(cell) {
+                // A start that found its record would know it again, and nobody is to be told that it is gone before.
+                hash_map::Entry::Occupied(mut entry) if entry.get().has_record() => {
+                    entry.get_mut().leaves = true;
+                    entry.get_mut().queue(queued);
+                }
+                hash_map::Entry::Occupied(entry) => self.forget(&entry.remove()),
+                hash_map::Entry::Vacant(_) => {}
             }
         }
         if !queued.is_empty() {
@@ -361,17 +376,13 @@ impl Circuits {
     }
 
     /// A circuit has left.
-    fn forget(&self, entry: &Entry, queued: &mut Vec<CellId>) {
+    fn forget(&self, entry: &Entry) {
         self.live.fetch_sub(1, Ordering::Relaxed);
         entry.tally.leave(entry.told.phase);
         if entry.has_record() {
             // Nothing that was told of it counts for the one that may come in its place.
             let generation = self.next_generation();
             self.absent.fetch_max(generation.0, Ordering::AcqRel);
-            if !entry.queued {
-                queued.push(entry.name.cell);
-            }
-            self.boards.tell(&entry.name);
         }
     }
 
@@ -393,9 +404,7 @@ impl Circuits {
                 let latest = latest.take_while(|transition| transition.generation > before);
                 latest.for_each(|transition| entry.tally.count(transition.phase));
                 entry.next = entry.circuit.view(turn);
-                if !std::mem::replace(&mut entry.queued, true) {
-                    queued.push(entry.name.cell);
-                }
+                entry.queue(queued);
             } else if entry.told.ramp.is_some() && entry.is_written() {
                 // A ramp goes up by itself: that is not written, only told.
                 let view = entry.circuit.view(turn);
@@ -475,16 +484,16 @@ impl Circuits {
             let Shard { circuits, queued, waiting: here, .. } = &mut *shard;
             waiting.append(here);
             for cell in queued.drain(..) {
+                // It is there: none leaves that is queued.
+                let Some(entry) = circuits.get_mut(&cell) else { continue };
+                (entry.queued, entry.in_flight) = (false, true);
+                taken.0.push(cell);
                 let key = cell.to_bytes();
-                let entry = circuits.get_mut(&cell);
-                writes.push(match entry {
-                    Some(entry) => {
-                        (entry.queued, entry.in_flight) = (false, true);
-                        taken.0.push(cell);
-                        let record = CircuitRecord::of(&entry.name, &entry.circuit.kept());
-                        Write::put(Keyspace::Circuits, key, record.encode_to_vec())
-                    }
-                    None => Write::delete(Keyspace::Circuits, key),
+                writes.push(if entry.leaves {
+                    Write::delete(Keyspace::Circuits, key)
+                } else {
+                    let record = CircuitRecord::of(&entry.name, &entry.circuit.kept());
+                    Write::put(Keyspace::Circuits, key, record.encode_to_vec())
                 });
             }
         }
@@ -497,14 +506,21 @@ impl Circuits {
             let mut shard = self.shards[shard_of(cell)].lock();
             let Some(entry) = shard.circuits.get_mut(&cell) else { continue };
             entry.in_flight = false;
-            // What has changed since is told with its own record.
-            if !entry.queued {
+            if entry.queued {
+                // What has changed since is told with its own record.
+                continue;
+            }
+            let name = Arc::clone(&entry.name);
+            if entry.leaves {
+                if let Some(entry) = shard.circuits.remove(&cell) {
+                    self.forget(&entry);
+                }
+            } else {
                 entry.tally.change(entry.told.phase, entry.next.phase);
                 entry.told = entry.next.clone();
-                let name = Arc::clone(&entry.name);
-                drop(shard);
-                self.boards.tell(&name);
             }
+            drop(shard);
+            self.boards.tell(&name);
         }
     }
 
@@ -533,6 +549,7 @@ impl Entry {
             used_at: turn.now,
             queued: false,
             in_flight: false,
+            leaves: false,
             told: view.clone(),
             next: view,
         }
@@ -571,6 +588,10 @@ impl Locked<'_> {
             }
         };
         entry.used_at = entry.used_at.max(now);
+        if std::mem::take(&mut entry.leaves) {
+            // Its record may be gone already.
+            entry.queue(queued);
+        }
         let mut value = None;
         let name = Arc::clone(&entry.name);
         circuits.settle(entry, place.breaker, now, queued, |circuit, turn| {

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod circuits;
+mod circuits_app;
 mod concurrency;
 mod decisions;
 mod drift;

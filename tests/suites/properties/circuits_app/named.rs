@@ -1,0 +1,68 @@
+//! Histories that broke a promise once.
+
+use std::thread;
+
+use fusebox_server::{app::Reported, storage::journal::Keyspace};
+
+use super::*;
+
+const DAY: Duration = limits::CIRCUIT_REMEMBERED;
+
+#[test]
+fn a_circuit_is_gone_for_nobody_before_it_is_gone_from_the_disk() {
+    let mut panel = Panel::with(&["one"], BREAKER);
+    panel.set("one", "", Mode::ForcedOpen);
+    panel.set("one", "", Mode::Normal);
+    let before = panel.inspect("one", "").unwrap().circuit.view.generation;
+    panel.clock.advance(DAY);
+    panel.tend();
+    // Nothing is written of its leaving.
+    assert!(panel.inspect("one", "").unwrap().circuit.live);
+    assert_eq!(
+        panel.app.circuits().absent(),
+        panel.inspect("one", "other").unwrap().circuit.view.generation
+    );
+    let Answer::Later(..) = acquire(&panel.app, &[("one", "", 1)]).unwrap() else {
+        panic!("told of a circuit whose record is on its way");
+    };
+    panel.tend();
+    panel.kill();
+    assert_eq!(panel.inspect("one", "").unwrap().circuit.view.generation, before);
+
+    panel.clock.advance(DAY);
+    panel.tend();
+    panel.write();
+    assert_eq!((panel.app.circuits().live(), panel.disk.records(Keyspace::Circuits)), (0, 0));
+    let gone = panel.inspect("one", "").unwrap().circuit;
+    assert!(!gone.live && gone.view.generation > before);
+    panel.kill();
+    assert!(panel.inspect("one", "").unwrap().circuit.view.generation > gone.view.generation);
+}
+
+#[test]
+fn who_comes_back_to_a_circuit_that_leaves_finds_it_as_it_was() {
+    let mut panel = Panel::with(&["one"], BREAKER);
+    panel.set("one", "", Mode::ForcedOpen);
+    let before = panel.set("one", "", Mode::Normal).unwrap().generation;
+    panel.clock.advance(DAY);
+    panel.tend();
+    panel.disk.hang();
+    let Panel { disk, app, writer, .. } = &mut panel;
+    thread::scope(|scope| {
+        let round = scope.spawn(|| writer.round().unwrap());
+        // Its record is on its way out of the disk.
+        while !disk.hangs() {
+            thread::yield_now();
+        }
+        let answer = acquire(app, &[("one", "", 1)]);
+        disk.go_on();
+        round.join().unwrap();
+        assert!(matches!(answer, Ok(Answer::Later(..))));
+    });
+    assert_eq!(panel.disk.records(Keyspace::Circuits), 0);
+    let answer = panel.ask(&[("one", "", 1)]);
+    assert_eq!(answer.circuits[0].view.as_ref().unwrap().generation, before);
+    assert_eq!(panel.disk.records(Keyspace::Circuits), 1);
+    panel.kill();
+    assert_eq!(panel.inspect("one", "").unwrap().circuit.view.generation, before);
+}
