@@ -409,10 +409,15 @@ impl Circuit {
         self.ramp.is_some() || !matches!(self.phase, Phase::Closed | Phase::Open)
     }
 
-    /// Whether it equals one that nothing is known of, but for what it remembers of long ago.
+    /// Whether it equals one that nothing is known of, but for what it remembers of long ago; or is open, and would
+    /// find out by the next call whether it still must be.
     #[must_use]
     pub fn is_idle(&self, now: Time) -> bool {
-        self.phase == Phase::Closed && self.ramp.is_none() && self.window.is_quiet(now)
+        match self.phase {
+            Phase::Closed => self.ramp.is_none() && self.window.is_quiet(now),
+            Phase::Open => self.half_open_at() <= now,
+            Phase::HalfOpen | Phase::ForcedOpen | Phase::Disabled | Phase::MetricsOnly => false,
+        }
     }
 
     /// What is told of it.

@@ -492,6 +492,18 @@ fn changed_settings_forget_calls_but_not_who_is_there() {
 }
 
 #[test]
+fn one_that_is_open_is_idle_once_a_call_would_be_a_probe() {
+    let mut scene = Scene::open(plain());
+    let wait = scene.breaker.open_for.first;
+    scene.pass(wait - MILLI);
+    assert!(!scene.circuit.is_idle(scene.now));
+    scene.pass(MILLI);
+    assert!(scene.circuit.is_idle(scene.now));
+    scene.call().unwrap();
+    assert!(!scene.circuit.is_idle(scene.now), "it has a probe");
+}
+
+#[test]
 fn settings_that_ask_for_less_end_a_half_open_circuit_by_time() {
     let (mut scene, probe) = Scene::half_open(plain());
     scene.probe(probe, Outcome::Success);

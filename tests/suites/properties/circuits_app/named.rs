@@ -66,3 +66,24 @@ fn who_comes_back_to_a_circuit_that_leaves_finds_it_as_it_was() {
     panel.kill();
     assert_eq!(panel.inspect("one", "").unwrap().circuit.view.generation, before);
 }
+
+#[test]
+fn an_open_circuit_that_nobody_asks_for_leaves_like_any_other() {
+    let mut panel = Panel::with(&["one"], BREAKER);
+    panel.fails("one", "host that is gone", 2);
+    panel.fails("one", "host that is asked for", 2);
+    let before = panel.inspect("one", "host that is gone").unwrap().circuit.view;
+    assert_eq!(before.phase, Phase::Open);
+    panel.clock.advance(DAY - Duration::from_secs(1));
+    panel.tend();
+    panel.write();
+    assert_eq!(panel.app.circuits().live(), 2, "it is remembered for a day");
+    panel.ask(&[("one", "host that is asked for", 1)]);
+    panel.clock.advance(Duration::from_secs(1));
+    panel.tend();
+    panel.write();
+    assert_eq!((panel.app.circuits().live(), panel.disk.records(Keyspace::Circuits)), (1, 1));
+    let after = panel.inspect("one", "host that is gone").unwrap().circuit;
+    assert!(!after.live && after.view.generation > before.generation);
+    assert_eq!(after.view.phase, Phase::Closed);
+}
