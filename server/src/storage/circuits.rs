@@ -150,6 +150,11 @@ impl Entry {
         !self.queued && !self.in_flight
     }
 
+    /// Whether something happens to it by time, or has, and is yet to be told.
+    fn is_timed(&self) -> bool {
+        self.circuit.is_timed() || self.told.ramp.is_some()
+    }
+
     /// Has the writer look at it.
     fn queue(&mut self, queued: &mut Vec<CellId>) {
         if !std::mem::replace(&mut self.queued, true) {
@@ -342,14 +347,14 @@ impl Circuits {
         for (cell, entry) in &mut *circuits {
             // Nearly all: this is all that is done under the lock.
             let unused = entry.used_at.after(limits::CIRCUIT_LINGERS) <= now;
-            if entry.leaves || is_known && !unused && !entry.circuit.is_timed() {
+            if entry.leaves || is_known && !unused && !entry.is_timed() {
                 continue;
             }
             let Some(breaker) = breaker_of(entry) else {
                 left.push(*cell);
                 continue;
             };
-            if entry.circuit.is_timed() {
+            if entry.is_timed() {
                 self.settle(entry, &breaker, now, queued, |circuit, turn| {
                     circuit.touch(turn);
                     false

@@ -87,3 +87,27 @@ fn an_open_circuit_that_nobody_asks_for_leaves_like_any_other() {
     assert!(!after.live && after.view.generation > before.generation);
     assert_eq!(after.view.phase, Phase::Closed);
 }
+
+#[test]
+fn that_a_ramp_is_over_is_told_also_if_it_ends_before_its_circuit_is_written() {
+    let mut panel = Panel::with(&["one"], &format!("{BREAKER}, {}", RAMPS[1]));
+    panel.set("one", "", Mode::ForcedOpen);
+    let app = Arc::clone(&panel.app);
+    let set = SetMode {
+        name: PolicyName::new("test", "one"),
+        key: String::new(),
+        mode: Mode::Normal,
+        ttl: Duration::ZERO,
+        reason: String::new(),
+        expected: None,
+    };
+    let mut order = Box::pin(app.set_circuit_mode(Principal::Anonymous, set));
+    assert!(poll(order.as_mut()).is_none(), "it is to be written");
+    // The disk takes its time.
+    panel.clock.advance(Duration::from_secs(2));
+    panel.tend();
+    let view = panel.operate(order).unwrap().circuit.view;
+    assert!(view.ramp.is_some(), "as it was when it was closed");
+    panel.tend();
+    assert_eq!(panel.inspect("one", "").unwrap().circuit.view.ramp, None);
+}
