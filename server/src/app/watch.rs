@@ -416,6 +416,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn who_comes_from_another_server_is_told_all_anew() {
+        // Both have started in the same second.
+        let [mut one, mut other] = [(); 2].map(|()| Panel::new());
+        one.set("one", "a", Mode::ForcedOpen);
+        other.set("one", "b", Mode::ForcedOpen);
+        let known = one.watch((0, 0)).next().await.unwrap();
+        let all = other.watch((known.epoch, known.version)).next().await.unwrap();
+        assert!(all.snapshot);
+        assert_eq!(told(&all), [("one/b".to_owned(), Some(true))]);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn who_is_too_far_behind_is_told_all_anew() {
         let mut panel = Panel::new();
         let mut watch = panel.watch((0, 0));

@@ -192,7 +192,7 @@ impl Circuits {
             live: AtomicUsize::new(0),
             by_breaker: Mutex::default(),
             seed,
-            boards: Boards::new(boot),
+            boards: Boards::new(first | seed >> 32),
             wake,
             tended: AtomicUsize::new(0),
             over: OnceLock::new(),

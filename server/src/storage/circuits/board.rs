@@ -20,7 +20,7 @@ const FIRST: u64 = 1;
 
 /// The boards of all namespaces.
 pub struct Boards {
-    /// The start that they are of.
+    /// The start that they are of: its number, and what tells it from another server's.
     epoch: u64,
     boards: Mutex<HashMap<Arc<str>, Arc<Board>>>,
 }
