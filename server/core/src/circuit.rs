@@ -484,6 +484,8 @@ impl Circuit {
     pub fn touch(&mut self, turn: Turn<'_>) {
         if self.window.fit(turn.breaker) {
             self.details = None;
+            // Who tells from now on may be the first of many.
+            self.known_since = turn.now;
         }
         self.catch_up(turn);
         if let Some(details) = &mut self.details {

@@ -492,6 +492,22 @@ fn changed_settings_forget_calls_but_not_who_is_there() {
 }
 
 #[test]
+fn who_is_first_after_other_calls_are_counted_does_not_open_it_alone() {
+    let mut scene = Scene::new(Settings { window: WindowSettings::Calls(20), ..plain() });
+    scene.pass(SECOND * 60);
+    for reporter in ["well", "also well"] {
+        scene.tell(reporter, counts(20, 0));
+    }
+    // Reporters are told apart from now on.
+    scene.breaker = Breaker::new(Settings { min_reporters: 2, ..plain() }).unwrap();
+    scene.tell("failing", counts(20, 20));
+    assert_eq!(scene.phase(), Phase::Closed, "the others have yet to tell");
+    scene.pass(SECOND * 10);
+    scene.tell("failing", counts(20, 20));
+    assert_eq!(scene.phase(), Phase::Open, "by now they would have");
+}
+
+#[test]
 fn one_that_is_open_is_idle_once_a_call_would_be_a_probe() {
     let mut scene = Scene::open(plain());
     let wait = scene.breaker.open_for.first;
