@@ -325,8 +325,8 @@ impl App {
             let Some(first) = parts.first() else { continue };
             let namespace = Arc::clone(&first.limiter.name.namespace);
             let owner = Owner { principal: Principal::Anonymous, namespace };
-            grants
-                .restore(id, Grant { owner, client: client.into(), parts, passes: Passes::new() });
+            let (passes, probes_until) = (Passes::new(), Time::ZERO);
+            grants.restore(id, Grant { owner, client: client.into(), parts, passes, probes_until });
         }
         let desk = Desk::new(life.operations, life.boot, clock.time());
         let rule_loads = RuleLoads::default();
@@ -611,7 +611,10 @@ impl App {
         };
         if let Some(room) = room.filter(|_| !parts.is_empty()) {
             let client = resolved.client.map_or("", |client| client.id).into();
-            let owed = Grant { owner: owner(), client, parts, passes };
+            let probes = circuits.iter().filter_map(Crossed::held).map(|held| held.expires_in);
+            let probes_until =
+                probes.max().map_or(Time::ZERO, |longest| caller.now.time.after(longest));
+            let owed = Grant { owner: owner(), client, parts, passes, probes_until };
             *grant = self.grants.open_grant(owed, room, &*self.entropy).map(Granted::Kept);
         } else if !passes.is_empty() {
             let name = PassName::new(passes, &owner(), self.grants.secret());

@@ -38,6 +38,8 @@ pub(super) struct Grant {
     pub(super) parts: Vec<Part>,
     /// Calls through circuits that were let through with it: they are told of it at its end.
     pub(super) passes: Passes,
+    /// When the last of those that are probes has expired. Until then it is open, whatever else has.
+    pub(super) probes_until: Time,
 }
 
 /// Whose a grant is, and the namespace that it was given in.
@@ -239,10 +241,10 @@ struct Shard {
 }
 
 impl Grant {
-    /// When its first part settles by itself.
+    /// When its first part settles by itself; once all have, when its probes have expired.
     fn expires_at(&self) -> Time {
         let expiries = self.parts.iter().map(|part| part.open.expires_at);
-        expiries.min().unwrap_or_default()
+        expiries.min().unwrap_or(self.probes_until)
     }
 
     /// What its id says of it: of one permit all there is to know.
@@ -338,7 +340,10 @@ impl Grants {
     pub fn all(&self) -> Vec<OpenGrant> {
         let mut all = Vec::with_capacity(self.open());
         for shard in &self.shards {
-            all.extend(shard.lock().open.iter().map(|(id, grant)| OpenGrant {
+            let shard = shard.lock();
+            // One that has only probes left says nothing to a later start, which knows none of them.
+            let open = shard.open.iter().filter(|(_, grant)| !grant.parts.is_empty());
+            all.extend(open.map(|(id, grant)| OpenGrant {
                 id: *id,
                 client: grant.client.to_string(),
                 parts: grant.parts.iter().map(|part| part.open).collect(),
@@ -440,7 +445,7 @@ impl Grants {
                 for part in grant.parts.extract_if(.., |part| part.open.expires_at <= now) {
                     dues.push(part.expired());
                 }
-                if grant.parts.is_empty() {
+                if grant.parts.is_empty() && grant.probes_until <= now {
                     ended += 1;
                 } else {
                     shard.open(id, grant);
@@ -466,7 +471,8 @@ impl Shard {
     fn open_of(&mut self, id: GrantId, owner: &Owner, now: Time) -> Option<&mut Grant> {
         let alive = |part: &Part| part.open.expires_at > now;
         let grant = self.open.get_mut(&id)?;
-        (grant.owner == *owner && grant.parts.iter().any(alive)).then_some(grant)
+        let is_alive = grant.probes_until > now || grant.parts.iter().any(alive);
+        (grant.owner == *owner && is_alive).then_some(grant)
     }
 
     fn take(&mut self, id: GrantId) -> Option<Grant> {
@@ -495,10 +501,13 @@ impl Shard {
 
 #[cfg(test)]
 mod tests {
-    use fusebox_core::{Concurrency, TokenBucket, circuit::Outcome};
+    use fusebox_core::{
+        Concurrency, TokenBucket,
+        circuit::{Generation, Outcome, ProbeId},
+    };
 
     use super::*;
-    use crate::{catalogue::PolicyName, entropy::SystemEntropy, storage::Keeping};
+    use crate::{app::Pass, catalogue::PolicyName, entropy::SystemEntropy, storage::Keeping};
 
     const ESTIMATE: Told<'_> = Told {
         actual_cost: None,
@@ -542,10 +551,14 @@ mod tests {
         Part { limiter: limiter(limit), open }
     }
 
+    fn grant(parts: Vec<Part>) -> Grant {
+        let (client, passes, probes_until) = ("".into(), Passes::new(), Time::ZERO);
+        Grant { owner: owner(), client, parts, passes, probes_until }
+    }
+
     fn open_parts(grants: &Grants, parts: Vec<Part>) -> Option<GrantName> {
         let mut room = grants.reserve(1)?;
-        let grant = Grant { owner: owner(), client: "".into(), parts, passes: Passes::new() };
-        grants.open_grant(grant, &mut room, &SystemEntropy)
+        grants.open_grant(grant(parts), &mut room, &SystemEntropy)
     }
 
     fn open(grants: &Grants) -> Option<GrantId> {
@@ -637,6 +650,30 @@ mod tests {
     }
 
     #[test]
+    fn a_probe_outlives_what_was_granted_with_it() {
+        let grants = Grants::new(1, [0; 16], 2);
+        let pass =
+            Pass { cell: CellId([1, 2]), generation: Generation(3), probe: Some(ProbeId(0)) };
+        let open = || {
+            let mut probing = grant(vec![part(Holds::Lease, 4, 5)]);
+            (probing.passes, probing.probes_until) =
+                ([pass].into_iter().collect(), Time::from_nanos(10));
+            let mut room = grants.reserve(1).unwrap();
+            grants.open_grant(probing, &mut room, &SystemEntropy).unwrap().id
+        };
+        let (told, late) = (open(), open());
+        assert_eq!(grants.expire(Time::from_nanos(5)).len(), 2, "the leases stand as spent");
+        let Taken::Open((dues, passes)) = settle(&grants, told, 9) else {
+            panic!("its probe runs");
+        };
+        assert!(dues.is_empty() && passes[..] == [pass]);
+        assert!(matches!(settle(&grants, told, 9), Taken::Settled));
+        assert!(matches!(settle(&grants, late, 10), Taken::Unknown));
+        assert!(grants.expire(Time::from_nanos(10)).is_empty());
+        assert_eq!(grants.open(), 0);
+    }
+
+    #[test]
     fn an_expired_lease_stands_as_spent() {
         let grants = Grants::new(1, [0; 16], 2);
         open_parts(&grants, vec![part(Holds::Lease, 4, 10)]).unwrap();
@@ -668,8 +705,7 @@ mod tests {
         let more = Claim { permits: 3, ..name.claim.unwrap() };
         assert!(!later.is_forgotten(GrantName { claim: Some(more), ..name }, &owner()));
         assert!(!Grants::new(2, [8; 16], 2).is_forgotten(name, &owner()), "another data directory");
-        let (parts, passes) = (Vec::new(), Passes::new());
-        later.restore(name.id, Grant { owner: owner(), client: "".into(), parts, passes });
+        later.restore(name.id, grant(Vec::new()));
         assert!(!later.is_forgotten(name, &owner()), "once");
     }
 

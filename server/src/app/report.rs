@@ -12,7 +12,7 @@ use std::{
 };
 
 use fusebox_core::{
-    Limit, Moment,
+    Limit, Moment, Time,
     circuit::{self, Call, Generation, Reporter},
 };
 use thiserror::Error;
@@ -417,7 +417,13 @@ impl App {
         let client = client.map_or("", |client| client.id).into();
         self.grants.restore(
             name.id,
-            Grant { owner: telling.owner.clone(), client, parts, passes: Default::default() },
+            Grant {
+                owner: telling.owner.clone(),
+                client,
+                parts,
+                passes: Default::default(),
+                probes_until: Time::ZERO,
+            },
         );
         Ok(permits.ttl())
     }

@@ -55,6 +55,6 @@ impl Grant {
     /// The time when all of it has ended by itself.
     pub(in crate::app) fn ends_at(&self) -> fusebox_core::Time {
         let ends = self.parts.iter().map(|part| part.open.expires_at);
-        ends.max().unwrap_or_default()
+        ends.max().unwrap_or_default().max(self.probes_until)
     }
 }

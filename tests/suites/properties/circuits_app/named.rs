@@ -111,3 +111,20 @@ fn that_a_ramp_is_over_is_told_also_if_it_ends_before_its_circuit_is_written() {
     panel.tend();
     assert_eq!(panel.inspect("one", "").unwrap().circuit.view.ramp, None);
 }
+
+#[test]
+fn a_probe_is_told_of_while_it_lives_also_if_its_permit_has_expired() {
+    let mut panel = Panel::with(&["one"], &format!("{BREAKER}, {}", RAMPS[0]));
+    panel.fails("one", "", 2);
+    panel.clock.advance(Duration::from_secs(5));
+    let asks = [("permits", "", 1), ("one", "", 1)];
+    let [first, second] = [(); 2].map(|()| panel.ask(&asks).grant.unwrap());
+    // A permit lives for a second, and a probe for four.
+    panel.clock.advance(Duration::from_secs(2));
+    assert_eq!(panel.tell(&first, Outcome::Success), Reported::Applied);
+    panel.tend();
+    assert_eq!(panel.tell(&second, Outcome::Success), Reported::Applied);
+    assert_eq!(panel.inspect("one", "").unwrap().circuit.view.phase, Phase::Closed);
+    assert_eq!(panel.tell(&second, Outcome::Success), Reported::Duplicate);
+    assert_eq!(panel.app.grants().open(), 0);
+}
