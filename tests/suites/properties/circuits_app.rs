@@ -1,7 +1,9 @@
 //! Circuits as a server keeps them, for random histories: callers, operators and watchers that come and go, a disk
 //! that is late, a server that is killed at any time. Nothing that was told is ever taken back.
 
+mod histories;
 mod named;
+mod threads;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
