@@ -214,7 +214,7 @@ pub const SLED_CACHE_BYTES: u64 = 512 * 1024 * 1024;
 /// Cells of a policy that does not say: a million keys of one limit, a tenth of what a server holds.
 pub const POLICY_CELLS: usize = 1_000_000;
 
-/// Circuits of a breaker: about 600 MB where 32 reporters tell of each. Past it circuits are not shared.
+/// Circuits of a breaker: about 1 GB where 32 reporters tell of each. Past it circuits are not shared.
 pub const CIRCUITS: usize = 100_000;
 
 /// Circuits of a breaker that does not say: a target is a service or a host, and fleets have thousands of those.
