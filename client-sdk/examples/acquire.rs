@@ -2,7 +2,7 @@
 
 use std::{env, error::Error, process::ExitCode};
 
-use fusebox_client::{Ask, Client};
+use fusebox_client::unary::{Ask, Client};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {

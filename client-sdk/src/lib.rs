@@ -1,26 +1,28 @@
-//! A typed client for Fusebox: connect, acquire, report.
-//!
-//! ```no_run
-//! # async fn example() -> Result<(), fusebox_client::Error> {
-//! use fusebox_client::{Ask, Client};
-//!
-//! let client = Client::connect("http://127.0.0.1:3873", "demo").await?;
-//! let acquired = client.acquire([Ask::new("signup", "alice").cost(2)]).await?;
-//! if !acquired.allowed {
-//!     println!("again in {:?}", acquired.retry_after());
-//! }
-//! # Ok(())
-//! # }
-//! ```
-//!
-//! Every [`acquire`](Client::acquire) is one round trip to the server.
+//! Rate limits, circuits, permits and retry budgets that a whole fleet shares, decided in memory.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
-mod acquire;
+mod binding;
+pub mod breaker;
+pub mod bulkhead;
 mod client;
-mod report;
+mod clock;
+mod context;
+mod exchange;
+pub mod limiter;
+mod part;
+mod rejected;
+pub mod retry;
+mod settings;
+pub mod telemetry;
+pub mod unary;
 
 pub use self::{
-    acquire::{Acquired, Ask, Reason, Verdict},
-    client::{Client, Error},
-    report::{Outcome, Reported},
+    breaker::Breaker,
+    bulkhead::Bulkhead,
+    client::Client,
+    clock::Clock,
+    limiter::Limiter,
+    rejected::{Decider, Evidence, Reason, Rejected},
+    retry::Retry,
+    settings::Fallback,
 };

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use fusebox_client::Client;
+use fusebox_client::unary::Client;
 use fusebox_proto::v1::resilience_client::ResilienceClient;
 use fusebox_server::{
     config::{Config, envoy},

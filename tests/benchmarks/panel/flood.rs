@@ -1,7 +1,7 @@
 //! What names that nobody has asked for before cost everybody else: ten million of them, on a policy with room
 //! for one million.
 
-use fusebox_client::{Ask, Client};
+use fusebox_client::unary::{Ask, Client};
 
 use crate::{
     Options, Result,

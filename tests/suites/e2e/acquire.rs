@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusebox_client::{Ask, Client, Reason};
+use fusebox_client::unary::{Ask, Client, Reason};
 use fusebox_proto::v1::{AcquireRequest, AcquireResponse, Decision};
 use fusebox_tests::Server;
 use tonic::Code;

@@ -208,7 +208,8 @@ async fn a_policy_is_in_force_when_it_is_put_until_it_is_deleted() {
     assert_eq!((would.policy.as_ref(), would.live_cells), (Some(&changed), 1));
     assert_eq!(operator.try_delete("made", None, false).await.unwrap(), would);
     assert_eq!(operator.try_delete("made", None, false).await.unwrap_err().code(), Code::NotFound);
-    let gone = server.client("test").await.acquire([fusebox_client::Ask::new("made", "a")]).await;
+    let gone =
+        server.client("test").await.acquire([fusebox_client::unary::Ask::new("made", "a")]).await;
     assert!(format!("{:?}", gone.unwrap_err()).contains("NotFound"));
 
     // It comes back with what was spent, and with a version that it never had.

@@ -138,17 +138,17 @@ async fn a_fleet_opens_a_circuit_together_and_closes_it_by_few_probes() {
 async fn clients_of_the_sdk_are_told_apart_by_their_names() {
     let server = serve(&policies()).await;
     let client = server.client("test").await;
-    let is_refused_after = async |clients: [fusebox_client::Client; 2], key: &str| {
+    let is_refused_after = async |clients: [fusebox_client::unary::Client; 2], key: &str| {
         for client in clients.into_iter().cycle().take(4) {
-            let acquired = client.acquire([fusebox_client::Ask::new("payments", key)]).await;
+            let acquired = client.acquire([fusebox_client::unary::Ask::new("payments", key)]).await;
             let grant = acquired.unwrap().grant_id.expect("it is let through");
-            let outcome = fusebox_client::Outcome::failure(grant, seconds(1));
+            let outcome = fusebox_client::unary::Outcome::failure(grant, seconds(1));
             assert_eq!(
                 client.report([outcome]).await.unwrap(),
-                [fusebox_client::Reported::Applied]
+                [fusebox_client::unary::Reported::Applied]
             );
         }
-        !client.acquire([fusebox_client::Ask::new("payments", key)]).await.unwrap().allowed
+        !client.acquire([fusebox_client::unary::Ask::new("payments", key)]).await.unwrap().allowed
     };
     let two = ["one", "two"].map(|name| client.clone().named(name));
     assert!(is_refused_after(two, "named").await);

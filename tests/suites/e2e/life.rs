@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use fusebox_client::Ask;
+use fusebox_client::unary::Ask;
 use fusebox_proto::v1::{
     AcquireRequest, AcquireResponse, Decision, resilience_client::ResilienceClient,
 };
@@ -177,7 +177,7 @@ async fn the_first_failed_write_is_final() {
     // First whoever waits for the write, then everybody.
     for key in ["a", "b"] {
         let refused = client.acquire([Ask::new("three", key)]).await.unwrap_err();
-        let fusebox_client::Error::Status(status) = refused else { panic!("{refused}") };
+        let fusebox_client::unary::Error::Status(status) = refused else { panic!("{refused}") };
         assert_eq!(status.code(), Code::Unavailable);
     }
     assert_eq!(next(&mut health).await.unwrap(), ServingStatus::NotServing);

@@ -63,7 +63,7 @@ fn batch(requests: Vec<AcquireRequest>) -> AcquireBatchRequest {
 /// What a peek says is left.
 async fn remaining(server: &Server, policy: &str, key: &str) -> u64 {
     let client = server.client("test").await;
-    let peek = fusebox_client::Ask::new(policy, key).cost(0);
+    let peek = fusebox_client::unary::Ask::new(policy, key).cost(0);
     let answer = client.acquire([peek]).await.expect("a peek is answered");
     answer.verdicts[0].remaining.expect("a bucket says what is left")
 }

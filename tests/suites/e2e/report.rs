@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusebox_client::{Ask, Client, Outcome, Reported};
+use fusebox_client::unary::{Ask, Client, Outcome, Reported};
 use fusebox_proto::v1::{GrantOutcome, ReportResult};
 use fusebox_tests::{Server, eventually};
 use tonic::Code;
@@ -142,7 +142,7 @@ async fn a_grant_of_another_namespace_is_nobodys() {
     assert_eq!(other.report(outcome()).await.unwrap(), [Reported::UnknownGrant]);
 
     let nowhere = server.client("nowhere").await.report(outcome()).await.unwrap_err();
-    let fusebox_client::Error::Status(status) = nowhere else { panic!("{nowhere}") };
+    let fusebox_client::unary::Error::Status(status) = nowhere else { panic!("{nowhere}") };
     assert_eq!(status.code(), Code::NotFound);
     server.stop().await.unwrap();
 }

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use fusebox_client::{Ask, Outcome, Reported};
+use fusebox_client::unary::{Ask, Outcome, Reported};
 use fusebox_core::{Ask as Charge, Purpose, Settlement as Known};
 use fusebox_server::{
     config::Config,

@@ -1,6 +1,6 @@
 //! Seeing what it does.
 
-use fusebox_client::Ask;
+use fusebox_client::unary::Ask;
 use fusebox_server::limits;
 use fusebox_tests::{PATIENCE, Server, eventually};
 use tokio::{
