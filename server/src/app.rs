@@ -1,6 +1,7 @@
 //! What callers can do: the server without its transport.
 
 pub mod admin;
+mod bindings;
 #[cfg(test)]
 mod by_hand;
 mod circuits;
@@ -15,6 +16,7 @@ mod ratelimit;
 mod report;
 mod requests;
 mod sequences;
+pub mod sessions;
 pub mod top_keys;
 mod waiting;
 mod watch;
@@ -39,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 pub(crate) use self::circuits::{mode_name, state_name};
 use self::{
     admin::Desk,
+    bindings::Bindings,
     circuits::{Crossing, Crossings},
     grants::{Due, Grant, Owner, Part},
     lessees::Lessees,
@@ -286,6 +289,9 @@ pub struct App {
     passed_in_shadow: AtomicU64,
     /// Streams that watch circuits.
     watchers: Arc<AtomicUsize>,
+    /// Sessions that there are.
+    sessions: Arc<AtomicUsize>,
+    bindings: Arc<Bindings>,
     desk: Desk,
 }
 
@@ -348,6 +354,8 @@ impl App {
             rule_loads,
             passed_in_shadow: AtomicU64::new(0),
             watchers: Arc::default(),
+            sessions: Arc::default(),
+            bindings: Arc::new(Bindings::new()),
             desk,
         }
     }

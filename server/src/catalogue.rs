@@ -15,7 +15,10 @@ use hashbrown::HashMap;
 pub use self::{almanac::Almanac, budget::Budget, domains::Domains, names::Names};
 use crate::{
     app::{Priority, top_keys::TopKeys},
-    config::envoy::{self, EnvoyRatelimit, Path, Ruleset},
+    config::{
+        self,
+        envoy::{self, EnvoyRatelimit, Path, Ruleset},
+    },
     counters::Decisions,
     digest::{Content, Digest},
     limits,
@@ -56,6 +59,8 @@ pub struct Policy {
     pub namespace: Arc<str>,
     /// Its name.
     pub name: Arc<str>,
+    /// As it was written.
+    pub settings: Arc<config::Policy>,
     /// What judges keys that no override names.
     pub rules: Rules,
     /// What judges the keys of overrides.

@@ -6,7 +6,9 @@ mod delivery;
 mod once;
 mod parse;
 pub mod ratelimit;
+mod received;
 mod respond;
+mod session;
 mod status;
 mod watch;
 
@@ -14,16 +16,16 @@ use std::sync::Arc;
 
 use fusebox_proto::v1::{
     AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, ReportRequest,
-    ReportResponse, WatchRequest, resilience_server::Resilience,
+    ReportResponse, SessionRequest, WatchRequest, resilience_server::Resilience,
 };
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use self::{
     delivery::{Delivery, Ended},
     once::Turn,
     respond::Reply,
 };
-pub use self::{once::Answers, watch::Messages};
+pub use self::{once::Answers, session::Session, watch::Messages};
 use crate::{
     app::{Acquired, App, Caller, Principal},
     lifecycle::{Lifecycle, Phase},
@@ -31,6 +33,7 @@ use crate::{
 };
 
 /// `fusebox.v1.Resilience`.
+#[derive(Clone)]
 pub struct Service {
     lifecycle: Arc<Lifecycle>,
     answers: Arc<Answers>,
@@ -42,6 +45,55 @@ impl Service {
         Self { lifecycle, answers }
     }
 
+    /// The answer to an Acquire, and what watches over its way.
+    async fn acquire_told(
+        &self,
+        app: &Arc<App>,
+        caller: Caller,
+        request: &AcquireRequest,
+    ) -> Told<AcquireResponse> {
+        let wanted = parse::acquire(request)?;
+        if let Some((client, id)) = wanted.request {
+            let named = self.answers.key(caller.principal, client, id);
+            let named = (named, self.answers.digest(&request.namespace, request));
+            let turn = self.answers.begin(named, None, app.time())?;
+            return turn.answer(app, None, || decided(app, caller, wanted)).await;
+        }
+        let answer = if wanted.max_wait.is_some() {
+            decided(app, caller, wanted).await?
+        } else {
+            // Nearly always, and there is nothing to wait for.
+            at_once(app, caller, wanted)?
+        };
+        watched(answer, app).await
+    }
+
+    /// The answer to a batch, and what watches over its way.
+    async fn acquire_batch_told(
+        &self,
+        app: &Arc<App>,
+        caller: Caller,
+        request: &AcquireBatchRequest,
+    ) -> Told<AcquireBatchResponse> {
+        let batch = parse::batch(request)?;
+        if request.requests.iter().any(|entry| !entry.request_id.is_empty()) {
+            return self.acquire_batch_once(app, caller, request).await;
+        }
+        let answers =
+            app.acquire_batch(caller, batch, |acquired| respond::acquired(acquired, None));
+        let answers = answers.map_err(|batch| status::acquire(&batch.error, batch.entry))?;
+        // What any of them holds is watched before the first is waited for.
+        let answers: Vec<_> = answers.into_iter().map(|answer| on_its_way(answer, app)).collect();
+        let mut responses = Vec::with_capacity(answers.len());
+        let mut deliveries = Vec::new();
+        for answer in answers {
+            let (response, delivery) = answered(answer).await?;
+            responses.push(response);
+            deliveries.extend(delivery);
+        }
+        Ok((AcquireBatchResponse { responses }, together(deliveries)))
+    }
+
     /// A batch of which some entries have an id.
     ///
     /// All that is this caller's to decide is decided and told to whom it concerns before anything is waited for:
@@ -51,7 +103,7 @@ impl Service {
         app: &Arc<App>,
         caller: Caller,
         batch: &AcquireBatchRequest,
-    ) -> Result<Response<AcquireBatchResponse>, Status> {
+    ) -> Told<AcquireBatchResponse> {
         let mut turns = Vec::with_capacity(batch.requests.len());
         let mut ours = Vec::new();
         for index in 0..batch.requests.len() {
@@ -103,7 +155,7 @@ impl Service {
             responses.push(response);
             deliveries.extend(delivery);
         }
-        Ok(delivered(AcquireBatchResponse { responses }, together(deliveries)))
+        Ok((AcquireBatchResponse { responses }, together(deliveries)))
     }
 
     /// Whose turn it is to decide an entry of a batch, if it has an id.
@@ -148,24 +200,7 @@ impl Resilience for Service {
         request: Request<AcquireRequest>,
     ) -> Result<Response<AcquireResponse>, Status> {
         let (app, caller) = self.arrive()?;
-        let request = request.get_ref();
-        let wanted = parse::acquire(request)?;
-        if let Some((client, id)) = wanted.request {
-            let named = self.answers.key(caller.principal, client, id);
-            let named = (named, self.answers.digest(&request.namespace, request));
-            let turn = self.answers.begin(named, None, app.time())?;
-            let decide = || decided(app, caller, wanted);
-            let (response, delivery) = turn.answer(app, None, decide).await?;
-            return Ok(delivered(response, delivery));
-        }
-        let answer = if wanted.max_wait.is_some() {
-            decided(app, caller, wanted).await?
-        } else {
-            // Nearly always, and there is nothing to wait for.
-            at_once(app, caller, wanted)?
-        };
-        let (response, delivery) = watched(answer, app).await?;
-        Ok(delivered(response, delivery))
+        self.acquire_told(app, caller, request.get_ref()).await.map(delivered)
     }
 
     async fn acquire_batch(
@@ -173,33 +208,14 @@ impl Resilience for Service {
         request: Request<AcquireBatchRequest>,
     ) -> Result<Response<AcquireBatchResponse>, Status> {
         let (app, caller) = self.arrive()?;
-        let request = request.get_ref();
-        let batch = parse::batch(request)?;
-        if request.requests.iter().any(|entry| !entry.request_id.is_empty()) {
-            return self.acquire_batch_once(app, caller, request).await;
-        }
-        let answers =
-            app.acquire_batch(caller, batch, |acquired| respond::acquired(acquired, None));
-        let answers = answers.map_err(|batch| status::acquire(&batch.error, batch.entry))?;
-        // What any of them holds is watched before the first is waited for.
-        let answers: Vec<_> = answers.into_iter().map(|answer| on_its_way(answer, app)).collect();
-        let mut responses = Vec::with_capacity(answers.len());
-        let mut deliveries = Vec::new();
-        for answer in answers {
-            let (response, delivery) = answered(answer).await?;
-            responses.push(response);
-            deliveries.extend(delivery);
-        }
-        Ok(delivered(AcquireBatchResponse { responses }, together(deliveries)))
+        self.acquire_batch_told(app, caller, request.get_ref()).await.map(delivered)
     }
 
     type WatchStream = Messages;
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Messages>, Status> {
         let (app, caller) = self.arrive()?;
-        let watched = parse::watch(request.get_ref())?;
-        let watch = app.watch_circuits(caller, &watched).map_err(|error| status::watch(&error))?;
-        Ok(Response::new(Messages::of(watch)))
+        watch_told(app, caller, request.get_ref()).map(Response::new)
     }
 
     async fn report(
@@ -207,12 +223,39 @@ impl Resilience for Service {
         request: Request<ReportRequest>,
     ) -> Result<Response<ReportResponse>, Status> {
         let (app, caller) = self.arrive()?;
-        let request = request.into_inner();
-        let receipt = app.report(caller, &parse::report(&request)?).await;
-        let receipt = receipt.map_err(|error| status::report(&error))?;
-        let (ids, now) = (request.renew_grant_ids, caller.now.time);
-        Ok(Response::new(respond::reported(&receipt, ids, now)))
+        report_told(app, caller, request.into_inner()).await.map(Response::new)
     }
+
+    type SessionStream = Session;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<SessionRequest>>,
+    ) -> Result<Response<Session>, Status> {
+        let (app, _) = self.arrive()?;
+        Session::begin(self.clone(), app, request).map(Response::new)
+    }
+}
+
+/// An answer, and what watches over its way if it gives permits.
+type Told<T> = Result<(T, Option<Delivery>), Status>;
+
+/// The answer to a Report.
+async fn report_told(
+    app: &App,
+    caller: Caller,
+    request: ReportRequest,
+) -> Result<ReportResponse, Status> {
+    let receipt = app.report(caller, &parse::report(&request)?).await;
+    let receipt = receipt.map_err(|error| status::report(&error))?;
+    Ok(respond::reported(&receipt, request.renew_grant_ids, caller.now.time))
+}
+
+/// The answers to a Watch.
+fn watch_told(app: &App, caller: Caller, request: &WatchRequest) -> Result<Messages, Status> {
+    let watched = parse::watch(request)?;
+    let watch = app.watch_circuits(caller, &watched).map_err(|error| status::watch(&error))?;
+    Ok(Messages::of(watch))
 }
 
 /// What an entry of a batch waits for.
@@ -259,10 +302,7 @@ fn on_its_way(
     })
 }
 
-async fn watched(
-    answer: Answer<Reply>,
-    app: &Arc<App>,
-) -> Result<(AcquireResponse, Option<Delivery>), Status> {
+async fn watched(answer: Answer<Reply>, app: &Arc<App>) -> Told<AcquireResponse> {
     answered(on_its_way(answer, app)).await
 }
 
@@ -277,7 +317,7 @@ fn together(deliveries: Vec<Delivery>) -> Option<Delivery> {
 }
 
 /// A response, with what watches over its way.
-fn delivered<T>(response: T, delivery: Option<Delivery>) -> Response<T> {
+fn delivered<T>((response, delivery): (T, Option<Delivery>)) -> Response<T> {
     let mut response = Response::new(response);
     if let Some(delivery) = delivery {
         response.extensions_mut().insert(delivery);

@@ -460,3 +460,32 @@ pub const WATCH_HEARTBEAT: Duration = Duration::from_secs(1);
 /// How long those who watch may believe what they were told: a few heartbeats, so that a message that is late does
 /// not leave each client to its own breaker, and short enough that a server that is gone is soon not believed.
 pub const WATCH_VALID: Duration = Duration::from_secs(5);
+
+/// Sessions: as those who watch, one for each process of a large fleet, and some that have several connections. Each
+/// is some kilobytes, and what it is being answered.
+pub const SESSIONS: usize = 10_000;
+
+/// Requests of one session that are not answered yet: as calls on one connection. Past it nothing more of it is read.
+pub const SESSION_UNANSWERED: usize = STREAMS_PER_CONNECTION as usize;
+
+/// Silence after which a session is told that the server is there.
+pub const SESSION_HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// Time that a session has to say who it is: a client says so first, and at once.
+pub const SESSION_HELLO: Duration = Duration::from_secs(10);
+
+/// Policies and keys that one session binds: a process that uses more of them asks by name.
+pub const SESSION_BINDINGS: u32 = 4_096;
+
+/// Policies and keys bound, by client: about 150 MB. Past it a Bind is refused.
+pub const BINDINGS: usize = 1_000_000;
+
+/// Shards of what is bound, a power of two: many clients that start at once rarely want the same lock.
+pub const BINDING_SHARDS: usize = 64;
+
+/// Pause between two looks at whether what a session has bound changed: each is told at most once in it.
+pub const SESSION_LOOKS: Duration = Duration::from_secs(1);
+
+/// Probes of one session that are given back when it ends by a Close, the latest: a client has a few at a time. Older
+/// ones expire.
+pub const SESSION_PROBES: usize = 1_024;

@@ -34,6 +34,13 @@ impl Reservation {
         true
     }
 
+    /// Parts with `amount` of it, or with all if that is less: who has it now gives it back.
+    pub fn split(&mut self, amount: usize) -> Self {
+        let amount = amount.min(self.amount);
+        self.amount -= amount;
+        Self { taken: Arc::clone(&self.taken), amount }
+    }
+
     /// Keeps one of the share for good: whoever has it now gives it back. `false` if none is left.
     #[must_use]
     pub fn keep_one(&mut self) -> bool {
@@ -61,6 +68,20 @@ mod tests {
         assert!(!share.grow(2, 4));
         assert_eq!(taken.load(Ordering::Relaxed), 3);
         drop(share);
+        assert_eq!(taken.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn what_is_split_off_comes_back_by_itself() {
+        let taken = Arc::new(AtomicUsize::new(0));
+        let mut share = Reservation::of(&taken, 5, 5).unwrap();
+        let part = share.split(2);
+        drop(part);
+        assert_eq!(taken.load(Ordering::Relaxed), 3);
+        let all = share.split(9);
+        drop(share);
+        assert_eq!(taken.load(Ordering::Relaxed), 3);
+        drop(all);
         assert_eq!(taken.load(Ordering::Relaxed), 0);
     }
 

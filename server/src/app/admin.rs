@@ -655,6 +655,16 @@ impl App {
         self.desk.events.len()
     }
 
+    /// Names the state that it decides by, and the number of the start.
+    pub(super) fn truth(&self) -> (String, u64) {
+        (self.desk.registry.read().truth_id(), self.desk.boot)
+    }
+
+    /// What a crash may forget, where a policy does not say.
+    pub(super) fn durability(&self) -> Durability {
+        self.desk.registry.read().durability()
+    }
+
     /// What the server is, and how much it holds.
     pub fn info(&self) -> Info {
         let registry = self.desk.registry.read();

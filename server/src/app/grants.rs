@@ -433,6 +433,25 @@ impl Grants {
         Some(grant.parts.iter().map(Part::expired).collect())
     }
 
+    /// Ends every open grant that the owner's client was given, as if all of it had expired now; its calls through
+    /// circuits are yet to be told.
+    pub(super) fn end_all_of(&self, owner: &Owner, client: &str) -> Vec<(Vec<Due>, Passes)> {
+        let mut ended = Vec::new();
+        for shard in &self.shards {
+            let mut shard = shard.lock();
+            let of_client = |grant: &Grant| *grant.client == *client && grant.owner == *owner;
+            let theirs = shard.open.iter().filter(|(_, grant)| of_client(grant));
+            let theirs: Vec<_> = theirs.map(|(id, _)| *id).collect();
+            let taken = theirs.into_iter().filter_map(|id| shard.end(id));
+            let taken = taken.map(|Grant { parts, passes, .. }| {
+                (parts.iter().map(Part::expired).collect(), passes)
+            });
+            ended.extend(taken);
+        }
+        self.open.fetch_sub(ended.len(), Ordering::Relaxed);
+        ended
+    }
+
     /// Takes what has expired, a bounded number of it.
     pub(super) fn expire(&self, now: Time) -> Vec<Due> {
         let (mut dues, mut ended) = (Vec::new(), 0);
@@ -671,6 +690,28 @@ mod tests {
         assert!(matches!(settle(&grants, late, 10), Taken::Unknown));
         assert!(grants.expire(Time::from_nanos(10)).is_empty());
         assert_eq!(grants.open(), 0);
+    }
+
+    #[test]
+    fn all_that_a_client_holds_ends_at_once_and_nothing_of_others() {
+        let grants = Grants::new(1, [0; 16], 9);
+        let give = |client: &str, namespace: &str, holds| {
+            let owner = Owner { namespace: namespace.into(), ..owner() };
+            let given = Grant { owner, client: client.into(), ..grant(vec![part(holds, 3, 10)]) };
+            let mut room = grants.reserve(1).unwrap();
+            grants.open_grant(given, &mut room, &SystemEntropy).unwrap().id
+        };
+        let permit = give("one", "test", Holds::Permit);
+        give("one", "test", Holds::Lease);
+        give("one", "test", Holds::Estimate);
+        let others = [give("other", "test", Holds::Permit), give("one", "other", Holds::Permit)];
+        let ended = grants.end_all_of(&owner(), "one");
+        let mut refunds: Vec<_> = ended.iter().map(|(dues, _)| dues[0].known.refund()).collect();
+        refunds.sort_unstable();
+        assert_eq!(refunds, [0, 0, 3], "the permits are free, all else stands as charged");
+        assert!(matches!(settle(&grants, permit, 0), Taken::Settled));
+        assert!(others.iter().all(|id| grants.look(*id).is_some()));
+        assert_eq!(grants.open(), 2);
     }
 
     #[test]

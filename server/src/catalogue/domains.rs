@@ -859,6 +859,7 @@ mod tests {
         Arc::new(Policy {
             namespace: "envoy".into(),
             name: name.as_str().into(),
+            settings: Arc::new("{fixed_window: {limit: 1, per: 1s}}".parse().unwrap()),
             rules: super::super::Rules { limiters: ArrayVec::new(), overflow: None },
             overrides: Overrides::default(),
             breakers: None,

@@ -705,7 +705,7 @@ fn all_limits(
 fn named_policy(
     registry: &Registry,
     name: &PolicyName,
-    settings: &config::Policy,
+    settings: &Arc<config::Policy>,
     limiters: &mut Limiters,
     former: Option<&Policy>,
 ) -> Policy {
@@ -717,6 +717,7 @@ fn named_policy(
     let policy = Policy {
         namespace: Arc::clone(&name.namespace),
         name: Arc::clone(&name.policy),
+        settings: Arc::clone(settings),
         rules: Rules::default(),
         overrides: Overrides::default(),
         breakers: None,
@@ -734,7 +735,7 @@ fn named_policy(
         ),
         names: alike.map_or_else(named, |former| Arc::clone(&former.names)),
     };
-    match settings {
+    match &**settings {
         config::Policy::Limiter(settings) => {
             let (rules, overrides) = rules(registry, name, settings, limiters, &policy);
             Policy {

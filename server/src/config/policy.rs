@@ -144,6 +144,24 @@ impl Policy {
         }
     }
 
+    /// The settings that judge a key: those of its own override, else of the longest prefix, else the policy's; no
+    /// overrides.
+    #[must_use]
+    pub fn judging(&self, key: &str) -> Self {
+        match self {
+            Self::Limiter(policy) => Self::Limiter(LimiterPolicy {
+                limits: judge(&policy.overrides, key).unwrap_or(&policy.limits).clone(),
+                overrides: Vec::new(),
+                ..*policy
+            }),
+            Self::Breaker(policy) => Self::Breaker(BreakerPolicy {
+                breaker: judge(&policy.overrides, key).unwrap_or(&policy.breaker).clone(),
+                overrides: Vec::new(),
+                ..*policy
+            }),
+        }
+    }
+
     /// What it limits by; `None` of a breaker.
     #[must_use]
     pub fn limiter(&self) -> Option<&LimiterPolicy> {
@@ -269,6 +287,18 @@ impl Judge {
             Self::Limits(_) => Err("a limiter, and the policy is a breaker"),
         }
     }
+}
+
+/// What judges a key instead of the policy's own, if something does.
+fn judge<'a, J>(overrides: &'a [Override<J>], key: &str) -> Option<&'a J> {
+    let exact = |one: &&Override<J>| matches!(&one.keys, Keys::Exactly(exact) if exact == key);
+    let prefix = |one: &'a Override<J>| match &one.keys {
+        Keys::Prefixed(prefix) => key.starts_with(prefix.as_str()).then_some((prefix.len(), one)),
+        Keys::Exactly(_) => None,
+    };
+    let longest = || overrides.iter().filter_map(prefix).max_by_key(|(length, _)| *length);
+    let found = overrides.iter().find(exact).or_else(|| longest().map(|(_, one)| one));
+    found.map(|one| &one.judge)
 }
 
 /// Overrides whose judges are all of one kind, which `of` takes.

@@ -2,7 +2,7 @@
 
 mod page;
 mod parse;
-mod policy;
+pub(super) mod policy;
 mod respond;
 
 use std::sync::Arc;

@@ -16,18 +16,17 @@ use fusebox_proto::{
 };
 use http::{HeaderMap, Request, Response};
 use http_body::Frame;
-use hyper::body::{Bytes, Incoming};
+use hyper::body::Incoming;
 use pin_project_lite::pin_project;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status, body::Body, server::NamedService, service::Routes};
-use tower::{BoxError, ServiceExt, util::Either};
+use tower::{ServiceExt, util::Either};
 
-use super::{Service, delivery::Delivery, ratelimit::Ratelimit, status};
+use super::{Service, delivery::Delivery, ratelimit::Ratelimit, received::Received, status};
 use crate::{
     clock::Clock,
     limits,
     metrics::{MethodDurations, Metrics},
-    reservation::Reservation,
 };
 
 const GRPC_TIMEOUT: &str = "grpc-timeout";
@@ -36,6 +35,9 @@ const RESILIENCE: &str = <ResilienceServer<Service> as NamedService>::NAME;
 
 const RATELIMIT: &str = <RateLimitServiceServer<Ratelimit> as NamedService>::NAME;
 
+/// The one method whose requests are a stream that may have no end.
+const SESSION: &str = "fusebox.v1.Resilience/Session";
+
 /// A method, and whether its answer is a stream, which may have no end of its own.
 struct Method {
     name: &'static str,
@@ -43,11 +45,12 @@ struct Method {
 }
 
 /// Every method served, the hot one first.
-const METHODS: [Method; 25] = [
+const METHODS: [Method; 26] = [
     Method { name: "fusebox.v1.Resilience/Acquire", streams: false },
     Method { name: "envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit", streams: false },
     Method { name: "fusebox.v1.Resilience/AcquireBatch", streams: false },
     Method { name: "fusebox.v1.Resilience/Report", streams: false },
+    Method { name: SESSION, streams: true },
     Method { name: "fusebox.v1.Resilience/Watch", streams: true },
     Method { name: "fusebox.v1.Admin/PutPolicy", streams: false },
     Method { name: "fusebox.v1.Admin/GetPolicy", streams: false },
@@ -115,7 +118,8 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
         let path = request.uri().path().trim_start_matches('/');
         let known = METHODS.iter().position(|method| method.name == path);
         let method = known.unwrap_or(METHODS.len() - 1);
-        let streams = METHODS[method].streams;
+        let Method { name, streams } = METHODS[method];
+        let is_session = name == SESSION;
         let mut call = Call {
             clock: Arc::clone(&self.clock),
             methods: Arc::clone(&self.methods),
@@ -132,11 +136,11 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
         } else {
             Either::Right(self.routes.clone())
         };
-        let bytes = Reservation::nothing(&self.received);
+        let received = Arc::clone(&self.received);
         let draining = streams.then(|| Box::pin(self.draining.clone().cancelled_owned()));
         Box::pin(async move {
             let time = timeout(request.headers());
-            let request = request.map(|body| Received { body, bytes });
+            let request = Received::count(request, &received, is_session);
             let mut draining = draining;
             let mut response = pin!(service.oneshot(request));
             // A call whose message is there is answered at once, and needs no timer.
@@ -183,47 +187,6 @@ impl Drop for Call {
     fn drop(&mut self) {
         let duration = self.clock.monotonic().saturating_sub(self.started);
         self.methods[self.method].record(duration, self.code);
-    }
-}
-
-pin_project! {
-    /// The body of a request: what is received of it counts until the call is over.
-    struct Received<B> {
-        #[pin]
-        body: B,
-        bytes: Reservation,
-    }
-}
-
-impl<B> http_body::Body for Received<B>
-where
-    B: http_body::Body<Data = Bytes, Error: Into<BoxError>>,
-{
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let this = self.project();
-        let frame = ready!(this.body.poll_frame(cx));
-        if let Some(Ok(frame)) = &frame {
-            let bytes = frame.data_ref().map_or(0, Bytes::len);
-            if !this.bytes.grow(bytes, limits::RECEIVED_BYTES) {
-                let status = Status::resource_exhausted("too many messages are being received");
-                return Poll::Ready(Some(Err(status.into())));
-            }
-        }
-        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> http_body::SizeHint {
-        self.body.size_hint()
     }
 }
 
@@ -279,7 +242,7 @@ impl http_body::Body for CallBody {
     }
 }
 
-fn draining_status() -> Status {
+pub(super) fn draining_status() -> Status {
     Status::unavailable("draining: connect again")
 }
 
@@ -336,7 +299,6 @@ fn timeout(headers: &HeaderMap) -> Duration {
 #[cfg(test)]
 mod tests {
     use http::HeaderValue;
-    use http_body_util::{BodyExt, Full};
 
     use super::*;
 
@@ -354,20 +316,5 @@ mod tests {
         for not_a_timeout in ["", "S", "1", "1x", "+1S", "999999999S"] {
             assert_eq!(timeout_of(not_a_timeout), limits::CALL_TIME, "{not_a_timeout}");
         }
-    }
-
-    #[tokio::test]
-    async fn what_is_received_is_counted_and_past_the_limit_refused() {
-        let taken = Arc::new(AtomicUsize::new(limits::RECEIVED_BYTES - 10));
-        let body = |bytes: &'static [u8]| Received {
-            body: Full::new(Bytes::from_static(bytes)),
-            bytes: Reservation::nothing(&taken),
-        };
-        let ten = body(&[0; 10]);
-        let mut ten = std::pin::pin!(ten);
-        assert!(ten.as_mut().frame().await.unwrap().is_ok());
-        let refused = body(&[0]).collect().await.unwrap_err();
-        let status = refused.downcast::<Status>().unwrap();
-        assert_eq!(status.code(), Code::ResourceExhausted);
     }
 }

@@ -4,8 +4,8 @@ use std::{collections::HashMap, num::NonZeroU64, time::Duration};
 
 use fusebox_core::circuit::{self, Call, Generation};
 use fusebox_proto::v1::{
-    self, AcquireBatchRequest, AcquireRequest, Ask, CircuitDelta, GrantOutcome, Priority,
-    ReportRequest, WatchRequest,
+    self, AcquireBatchRequest, AcquireRequest, Ask, Bind, CircuitDelta, GrantOutcome, Hello,
+    Priority, ReportRequest, WatchRequest,
 };
 
 use super::status::Refusal;
@@ -13,6 +13,9 @@ use crate::{
     app::{self, Acquire, Batch, Client, Delta, Entry, Granted, Report, Told, Waiting, Watched},
     limits,
 };
+
+/// Why a handle is refused where there is no session.
+const NO_HANDLE: &str = "only on a session that bound it; here policy and key are named";
 
 /// An Acquire with all that goes beside what it asks.
 #[derive(Clone, Copy)]
@@ -204,6 +207,31 @@ pub(super) fn report(request: &ReportRequest) -> Result<Report<'_>, Refusal> {
     })
 }
 
+/// Who begins a session.
+pub(super) fn hello(hello: &Hello) -> Result<Client<'_>, Refusal> {
+    let mut refusal = Refusal::default();
+    refusal.required(&hello.namespace, "namespace", || "namespace".into());
+    if hello.client.is_none() {
+        refusal.violation("client.id", "required: new for each process");
+    }
+    client(&mut refusal, hello.client.as_ref());
+    refusal.or_else(|| hello.client.as_ref().map(accepted_client).unwrap_or_default())
+}
+
+/// Checks what is to be bound to a handle.
+pub(super) fn bind(bind: &Bind) -> Result<(), Refusal> {
+    let mut refusal = Refusal::default();
+    let most = limits::SESSION_BINDINGS;
+    if !(1..=most).contains(&bind.handle) {
+        refusal.violation("handle", format!("{}, outside 1 to {most}", bind.handle));
+    }
+    if bind.policy.is_empty() && !bind.key.is_empty() {
+        refusal.violation("key", "without a policy it is the key of nothing; leave it out");
+    }
+    refusal.at_most(limits::KEY_BYTES, &bind.key, || "key".into());
+    refusal.or_else(|| ())
+}
+
 /// What is to be watched.
 pub(super) fn watch(request: &WatchRequest) -> Result<Watched<'_>, Refusal> {
     let mut refusal = Refusal::default();
@@ -308,7 +336,9 @@ fn grant_outcome(refusal: &mut Refusal, index: usize, outcome: &GrantOutcome) {
 
 fn delta(refusal: &mut Refusal, index: usize, delta: &CircuitDelta) {
     let field = |name: &str| format!("deltas[{index}].{name}");
-    refusal.unsupported(delta.handle != 0, || field("handle"));
+    if delta.handle != 0 {
+        refusal.violation(field("handle"), NO_HANDLE);
+    }
     refusal.required(&delta.policy, "policy", || field("policy"));
     refusal.at_most(limits::KEY_BYTES, &delta.key, || field("key"));
     for (name, calls) in [
@@ -390,7 +420,9 @@ fn entry(refusal: &mut Refusal, index: Option<usize>, named: bool, request: &Acq
         if one.lease > 0 && !named {
             refusal.violation("client.id", "required: a lease is a client's own");
         }
-        refusal.unsupported(one.handle != 0, || field("handle"));
+        if one.handle != 0 {
+            refusal.violation(field("handle"), NO_HANDLE);
+        }
         refusal.required(&one.policy, "policy", || field("policy"));
         refusal.at_most(limits::KEY_BYTES, &one.key, || field("key"));
         estimated += usize::from(one.estimated);
@@ -414,7 +446,7 @@ pub(super) fn in_entry(index: Option<usize>) -> String {
 }
 
 /// Who calls: its id, if it says anything.
-fn client(refusal: &mut Refusal, client: Option<&v1::Client>) {
+pub(super) fn client(refusal: &mut Refusal, client: Option<&v1::Client>) {
     let Some(client) = client else { return };
     if client.id.is_empty() {
         refusal.violation("client.id", "required: new for each process");
@@ -428,7 +460,7 @@ fn client(refusal: &mut Refusal, client: Option<&v1::Client>) {
     }
 }
 
-fn accepted_client(client: &v1::Client) -> Client<'_> {
+pub(super) fn accepted_client(client: &v1::Client) -> Client<'_> {
     Client { id: &client.id, service: &client.service, zone: &client.zone }
 }
 

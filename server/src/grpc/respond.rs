@@ -11,8 +11,9 @@ use fusebox_proto::v1::{
     ReportResponse, ReportResult, Verdict, WatchResponse,
 };
 
+use super::admin::policy;
 use crate::{
-    app::{Acquired, Crossed, Granted, News, Receipt, Renewed, Reported, Seen},
+    app::{Acquired, Crossed, Granted, News, Receipt, Renewed, Reported, Seen, sessions::Terms},
     limits,
     storage::CircuitName,
 };
@@ -89,6 +90,12 @@ pub(super) fn reported(receipt: &Receipt, ids: Vec<String>, now: Time) -> Report
         duplicate: receipt.duplicate,
         delta_results: receipt.delta_results.iter().map(result).collect(),
     }
+}
+
+/// What holds for what a handle stands for.
+pub(super) fn bound(handle: u32, Terms { settings, durability, clients }: Terms) -> v1::Bound {
+    let policy = Some(policy::all_of(&settings, durability));
+    v1::Bound { handle, policy, clients }
 }
 
 /// The verdict of an ask of a breaker.

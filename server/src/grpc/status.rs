@@ -179,7 +179,7 @@ pub(super) fn storage(error: &StorageError) -> Status {
 }
 
 /// One field is wrong.
-fn wrong(field: impl Into<String>, message: impl Into<String>) -> Status {
+pub(super) fn wrong(field: impl Into<String>, message: impl Into<String>) -> Status {
     violations(Code::InvalidArgument, vec![FieldViolation::new(field, message)])
 }
 
@@ -197,7 +197,7 @@ fn violations(code: Code, violations: Vec<FieldViolation>) -> Status {
 }
 
 /// A name that nothing has, and the field that says it.
-fn not_found(kind: &str, name: &str, field: Option<String>) -> Status {
+pub(super) fn not_found(kind: &str, name: &str, field: Option<String>) -> Status {
     let name = shortened(name);
     let field = field.map(|field| field + ": ").unwrap_or_default();
     let message = format!("{field}unknown {kind} `{name}`");

@@ -22,6 +22,7 @@ mod reports_circuits;
 mod requests;
 mod restart;
 mod seeing;
+mod session;
 mod several;
 mod waiting;
 mod watch;

@@ -116,6 +116,23 @@ pub(super) fn message(policy: &Policy) -> v1::Policy {
     }
 }
 
+/// The same of what judges one key, with every default that it has filled in.
+pub(in crate::grpc) fn all_of(policy: &Policy, durability: Durability) -> v1::Policy {
+    let message = message(policy);
+    let Policy::Limiter(limiter) = policy else { return message };
+    // Of several limits each may owe another amount.
+    let debt = match limiter.limits.as_slice() {
+        [one] => Some(limiter.max_debt_of(&one.limit)),
+        _ => limiter.max_debt,
+    };
+    v1::Policy {
+        reserves: message.reserves.or_else(|| Some(v1::Reserves::default())),
+        durability: durability_message(durability).into(),
+        max_debt: debt,
+        ..message
+    }
+}
+
 fn limiter_message(policy: &LimiterPolicy) -> v1::Policy {
     let reserves = policy.reserves;
     v1::Policy {
