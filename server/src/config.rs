@@ -102,6 +102,18 @@ pub enum Durability {
     Relaxed,
 }
 
+/// What a client does while it cannot reach the server, and no lease covers a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnUnreachable {
+    /// It denies: the only one that keeps the limit.
+    Deny,
+    /// It counts by itself, by its share of the limit.
+    Local,
+    /// It allows, without a bound.
+    Allow,
+}
+
 /// The policies of one tenant.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -511,6 +523,9 @@ mod tests {
             "{fixed_window: {limit: 100, per: 30d}, max_cells: 5, max_waiting: 0}",
             "{calendar_window: {limit: 9, every: month, time_zone: Europe/Vienna}}",
             "{concurrency: {limit: 64}, durability: relaxed, lease_time: 250ms}",
+            "{concurrency: {limit: 64}, on_unreachable: allow}",
+            "{token_bucket: {limit: 1, per: 1d}, on_unreachable: local}",
+            "{breaker: {}, on_unreachable: allow}",
             "{retry_budget: {}}",
             "{retry_budget: {ratio: 12.5%, min_per_second: 0, ttl: 1m}}",
             "{limits: [{token_bucket: {limit: 1, per: 1s}}, {fixed_window: {limit: 9, per: 1d}}], \
@@ -521,6 +536,59 @@ mod tests {
             let config = Config::parse("a.yaml", &policies(policy)).unwrap();
             let printed = config.to_string();
             assert_eq!(Config::parse("b.yaml", &printed).unwrap(), config, "{policy}: {printed}");
+        }
+    }
+
+    #[test]
+    fn what_clients_do_alone_is_by_default_as_their_limits_need_it() {
+        use OnUnreachable::{Allow, Deny, Local};
+        for (policy, key, does) in [
+            ("{token_bucket: {limit: 1, per: 59m}}", "", Local),
+            ("{token_bucket: {limit: 1, per: 1h}}", "", Deny),
+            ("{sliding_window: {limit: 1, per: 1h}}", "", Deny),
+            ("{fixed_window: {limit: 1, per: 1m}}", "", Local),
+            ("{fixed_window: {limit: 1, per: 1d}}", "", Deny),
+            ("{fixed_window: {limit: 1, per: 1d}, on_unreachable: local}", "", Local),
+            ("{calendar_window: {limit: 1, every: day}}", "", Deny),
+            ("{concurrency: {limit: 1}}", "", Deny),
+            ("{retry_budget: {}}", "", Allow),
+            (
+                "{limits: [{token_bucket: {limit: 1, per: 1s}}, {fixed_window: {limit: 9, per: 1d}}]}",
+                "",
+                Deny,
+            ),
+            (
+                "{limits: [{token_bucket: {limit: 1, per: 1s}}, {fixed_window: {limit: 9, per: 1m}}]}",
+                "",
+                Local,
+            ),
+            (
+                "{token_bucket: {limit: 1, per: 1s}, overrides: [{key: a, concurrency: {limit: 1}}]}",
+                "a",
+                Deny,
+            ),
+            (
+                "{token_bucket: {limit: 1, per: 1s}, overrides: [{key: a, concurrency: {limit: 1}}]}",
+                "b",
+                Local,
+            ),
+        ] {
+            let policy: Policy = policy.parse().unwrap();
+            let judging = policy.judging(key);
+            assert_eq!(judging.limiter().unwrap().on_unreachable(), does, "{policy}, key `{key}`");
+        }
+    }
+
+    #[test]
+    fn a_key_is_judged_by_its_own_override_then_by_the_longest_prefix() {
+        let policy: Policy = "{token_bucket: {limit: 1, per: 1s}, max_waiting: 5, overrides: [\
+            {key: ab, token_bucket: {limit: 2, per: 1s}}, {prefix: a, token_bucket: {limit: 3, per: 1s}}, \
+            {prefix: abc, token_bucket: {limit: 4, per: 1s}}]}"
+            .parse()
+            .unwrap();
+        for (key, limit) in [("", 1), ("b", 1), ("ab", 2), ("aa", 3), ("abd", 3), ("abcd", 4)] {
+            let alone = format!("{{token_bucket: {{limit: {limit}, per: 1s}}, max_waiting: 5}}");
+            assert_eq!(policy.judging(key), alone.parse().unwrap(), "{key}");
         }
     }
 
@@ -633,6 +701,15 @@ mod tests {
             ("overrides: [{key: vip}]", "`overrides`: key `vip`: a policy needs its limiter"),
             ("overrides: [{prefix: b, concurrency: {limit: 1, ttl: 0s}}]", "prefix `b`: `conc"),
             ("overrides: [{key: a, shadow: true}]", "unknown field `shadow`"),
+            ("on_unreachable: guess", "unknown variant `guess`"),
+            (
+                "on_unreachable: local, overrides: [{key: a, calendar_window: {limit: 1, every: day}}]",
+                "`on_unreachable` is `local` beside a `calendar_window`: clients do not know time zones",
+            ),
+            (
+                "on_unreachable: local, overrides: [{key: a, concurrency: {limit: 1}}]",
+                "beside a `concurrency`: clients do not know which permits others hold",
+            ),
             (
                 "overrides: [{key: a, concurrency: {limit: 1}}, {key: a, concurrency: {limit: 2}}]",
                 "`overrides`: key `a` is there twice",

@@ -235,6 +235,10 @@ pub const WAITING_AT_KEY_MOST: usize = 10_000;
 /// Shortest window that is leased from: an hour. A lease ends with its window.
 pub const LEASED_WINDOW: Duration = Duration::from_secs(60 * 60);
 
+/// Shortest period of a limit of which clients that cannot reach the server deny calls, if nobody says what they do: an
+/// hour. Each would spend its share again, and what is spent of it does not come back soon.
+pub const UNREACHABLE_LONG: Duration = Duration::from_secs(60 * 60);
+
 /// Clients that lease, by cell: about 10 MB. Past it nothing is leased to new ones.
 pub const LESSEES: usize = 100_000;
 

@@ -65,6 +65,13 @@ impl Clock for ManualClock {
 #[derive(Debug, Default)]
 pub struct Counting(AtomicU64);
 
+impl From<u64> for Counting {
+    /// Counts from there on.
+    fn from(first: u64) -> Self {
+        Self(AtomicU64::new(first))
+    }
+}
+
 impl Entropy for Counting {
     fn fill(&self, bytes: &mut [u8]) {
         for chunk in bytes.chunks_mut(8) {

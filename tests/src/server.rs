@@ -53,9 +53,20 @@ impl Server {
         Self::start_on(Nothing::open(), Arc::default(), config).await
     }
 
+    /// Starts a server that keeps nothing and draws other numbers than most, and waits until it is ready.
+    pub async fn start_drawing_from(first: u64, config: &str) -> Self {
+        let (journal, clock) = (Nothing::open(), Arc::default());
+        Self::begin_with(journal, clock, config, false, first.into()).await.ready().await
+    }
+
     /// Starts a server on a journal, and waits until it is ready.
     pub async fn start_on(journal: OpenJournal, clock: Arc<ManualClock>, config: &str) -> Self {
-        let mut server = Self::begin(journal, clock, config).await;
+        Self::begin(journal, clock, config).await.ready().await
+    }
+
+    /// Waits until it is ready.
+    async fn ready(self) -> Self {
+        let mut server = self;
         let mut watch = HealthClient::new(server.channel().await)
             .watch(HealthCheckRequest { service: "fusebox.v1.Resilience".into() })
             .await
@@ -76,7 +87,7 @@ impl Server {
 
     /// Starts a server, ready or not.
     pub async fn begin(journal: OpenJournal, clock: Arc<ManualClock>, config: &str) -> Self {
-        Self::begin_with(journal, clock, config, false).await
+        Self::begin_with(journal, clock, config, false, Counting::default()).await
     }
 
     /// Starts a server, ready or not, although its journal has lost something.
@@ -85,7 +96,7 @@ impl Server {
         clock: Arc<ManualClock>,
         config: &str,
     ) -> Self {
-        Self::begin_with(journal, clock, config, true).await
+        Self::begin_with(journal, clock, config, true, Counting::default()).await
     }
 
     async fn begin_with(
@@ -93,6 +104,7 @@ impl Server {
         clock: Arc<ManualClock>,
         config: &str,
         accept_loss: bool,
+        entropy: Counting,
     ) -> Self {
         let config = Config::parse("test.yaml", config).expect("a configuration");
         let listeners = Listeners {
@@ -112,7 +124,7 @@ impl Server {
             drain_timeout: config.drain_timeout,
             listeners,
             clock: Arc::clone(&clock) as Arc<_>,
-            entropy: Arc::new(Counting::default()),
+            entropy: Arc::new(entropy),
             journal,
             shutdown: shutdown.clone(),
         }));

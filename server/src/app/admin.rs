@@ -221,6 +221,8 @@ pub struct Info {
     pub circuits: usize,
     /// Streams that watch circuits.
     pub watchers: usize,
+    /// Sessions.
+    pub sessions: usize,
     /// Names the state.
     pub truth_id: String,
 }
@@ -680,6 +682,7 @@ impl App {
             waiting: self.lines.standing(),
             circuits: self.circuits.live(),
             watchers: self.watchers(),
+            sessions: self.sessions(),
             truth_id: registry.truth_id(),
         }
     }

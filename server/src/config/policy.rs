@@ -8,7 +8,7 @@ use fusebox_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Durability, breaker::BreakerFields, duration, hundredths::Percent};
+use super::{Durability, OnUnreachable, breaker::BreakerFields, duration, hundredths::Percent};
 use crate::{
     calendar::{Calendar, Every},
     catalogue::Reserves,
@@ -45,6 +45,8 @@ pub struct LimiterPolicy {
     pub shadow: bool,
     /// What is kept from callers of a lower priority.
     pub reserves: Reserves,
+    /// What clients do while they are alone, if it says so itself.
+    pub on_unreachable: Option<OnUnreachable>,
     /// What a crash may forget, if it says so itself.
     pub durability: Option<Durability>,
     /// Most cells.
@@ -64,6 +66,8 @@ pub struct BreakerPolicy {
     pub breaker: Breaker,
     /// What judges others.
     pub overrides: Vec<Override<Breaker>>,
+    /// It says itself that clients allow calls while they are alone, as they do anyway.
+    pub allows_unreachable: bool,
     /// Most circuits.
     pub max_circuits: usize,
 }
@@ -82,6 +86,7 @@ pub enum Judge {
 pub(crate) struct Besides {
     pub(crate) shadow: bool,
     pub(crate) reserves: Option<Reserves>,
+    pub(crate) on_unreachable: Option<OnUnreachable>,
     pub(crate) durability: Option<Durability>,
     pub(crate) max_cells: Option<usize>,
     pub(crate) max_debt: Option<u64>,
@@ -137,7 +142,8 @@ impl Policy {
                 besides.check_of_breaker()?;
                 let overrides = alike(overrides, Judge::breaker)?;
                 let max_circuits = besides.max_cells.unwrap_or(limits::POLICY_CIRCUITS);
-                let policy = BreakerPolicy { breaker, overrides, max_circuits };
+                let allows_unreachable = besides.on_unreachable.is_some();
+                let policy = BreakerPolicy { breaker, overrides, allows_unreachable, max_circuits };
                 policy.check()?;
                 Ok(Self::Breaker(policy))
             }
@@ -181,13 +187,22 @@ impl LimiterPolicy {
 
     /// A policy of these limits without overrides.
     fn of(limits: Vec<LimitSettings>, besides: Besides) -> Self {
-        let Besides { shadow, reserves, durability, max_cells, max_debt, lease_time, max_waiting } =
-            besides;
+        let Besides {
+            shadow,
+            reserves,
+            on_unreachable,
+            durability,
+            max_cells,
+            max_debt,
+            lease_time,
+            max_waiting,
+        } = besides;
         Self {
             limits,
             overrides: Vec::new(),
             shadow,
             reserves: reserves.unwrap_or_default(),
+            on_unreachable,
             durability,
             max_cells: max_cells.unwrap_or(limits::POLICY_CELLS),
             max_debt,
@@ -201,8 +216,46 @@ impl LimiterPolicy {
         self.max_debt.unwrap_or_else(|| limit.capacity())
     }
 
+    /// What clients do with keys of its own limits while they are alone. If it does not say: as the strictest of the
+    /// limits, which is to deny where a period is an hour or more, or nobody knows how many permits are held.
+    pub fn on_unreachable(&self) -> OnUnreachable {
+        let default_of = |settings: &LimitSettings| match &settings.limit {
+            Limit::RetryBudget(_) => OnUnreachable::Allow,
+            Limit::Concurrency(_) => OnUnreachable::Deny,
+            _ if settings.calendar.is_some() => OnUnreachable::Deny,
+            Limit::TokenBucket(bucket) => default_of_period(bucket.per()),
+            Limit::SlidingWindow(window) => default_of_period(window.per()),
+            Limit::Window(window) => default_of_period(window.longest()),
+        };
+        // A retry budget stands alone.
+        let denies = |settings| default_of(settings) == OnUnreachable::Deny;
+        self.on_unreachable.unwrap_or_else(|| match self.limits.as_slice() {
+            [one] => default_of(one),
+            several if several.iter().any(denies) => OnUnreachable::Deny,
+            _ => OnUnreachable::Local,
+        })
+    }
+
+    /// Refuses that clients count by themselves what they cannot.
+    fn check_on_unreachable(&self) -> Result<(), String> {
+        let overrides = self.overrides.iter().flat_map(|one| &one.judge);
+        let mut limits = self.limits.iter().chain(overrides);
+        let why = |settings: &LimitSettings| match &settings.limit {
+            Limit::Concurrency(_) => Some("clients do not know which permits others hold"),
+            _ if settings.calendar.is_some() => Some("clients do not know time zones"),
+            _ => None,
+        };
+        match limits.find_map(|limit| Some((limit.kind(), why(limit)?))) {
+            Some((kind, why)) if self.on_unreachable == Some(OnUnreachable::Local) => {
+                Err(format!("`on_unreachable` is `local` beside a `{kind}`: {why}; deny or allow"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What is wrong with the settings together.
     fn check(&self) -> Result<(), String> {
+        self.check_on_unreachable()?;
         if self.max_debt.is_some_and(|debt| debt > limits::TOKENS) {
             return Err("`max_debt` is above 10^12".into());
         }
@@ -226,6 +279,12 @@ impl LimiterPolicy {
         }
         check_keys(&self.overrides)
     }
+}
+
+/// What clients do while they are alone where a limit counts for so long: what is spent in an hour or more is not
+/// back before the server is.
+fn default_of_period(period: Duration) -> OnUnreachable {
+    if period < limits::UNREACHABLE_LONG { OnUnreachable::Local } else { OnUnreachable::Deny }
 }
 
 impl BreakerPolicy {
@@ -252,6 +311,11 @@ impl Besides {
                 self.reserves.is_some(),
                 "reserves",
                 "a circuit has nothing that callers could use up, so nothing is kept for any",
+            ),
+            (
+                self.on_unreachable.is_some_and(|does| does != OnUnreachable::Allow),
+                "on_unreachable",
+                "only `allow`: a client that is alone has a breaker of its own, which acts",
             ),
             (self.durability.is_some(), "durability", "transitions are always durable"),
             (self.max_debt.is_some(), "max_debt", "a circuit charges nothing, so nobody owes it"),
@@ -453,6 +517,8 @@ with_kinds! {
         overrides: Vec<OverrideFields>,
         #[serde(skip_serializing_if = "Option::is_none")]
         reserves: Option<ReservesFields>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        on_unreachable: Option<OnUnreachable>,
         #[serde(skip_serializing_if = "Option::is_none")]
         durability: Option<Durability>,
         max_cells: Option<usize>,
@@ -686,6 +752,7 @@ impl TryFrom<PolicyFields> for Policy {
                 critical_basis_points: reserves.critical.0,
                 normal_basis_points: reserves.normal.0,
             }),
+            on_unreachable: fields.on_unreachable,
             durability: fields.durability,
             max_cells: fields.max_cells,
             max_debt: fields.max_debt,
@@ -768,10 +835,11 @@ impl From<Policy> for PolicyFields {
     fn from(policy: Policy) -> Self {
         match policy {
             Policy::Limiter(policy) => (&policy).into(),
-            Policy::Breaker(BreakerPolicy { breaker, overrides, max_circuits }) => Self {
-                breaker: Some((&breaker).into()),
-                overrides: overrides.iter().map(OverrideFields::from).collect(),
-                max_cells: Some(max_circuits),
+            Policy::Breaker(policy) => Self {
+                breaker: Some((&policy.breaker).into()),
+                overrides: policy.overrides.iter().map(OverrideFields::from).collect(),
+                on_unreachable: policy.allows_unreachable.then_some(OnUnreachable::Allow),
+                max_cells: Some(policy.max_circuits),
                 ..Self::default()
             },
         }
@@ -790,6 +858,7 @@ impl From<&LimiterPolicy> for PolicyFields {
             shadow: policy.shadow,
             overrides: policy.overrides.iter().map(OverrideFields::from).collect(),
             reserves: (policy.reserves != Reserves::default()).then_some(reserves),
+            on_unreachable: policy.on_unreachable,
             durability: policy.durability,
             max_cells: Some(policy.max_cells),
             max_debt: policy.max_debt,

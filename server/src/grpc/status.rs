@@ -10,22 +10,13 @@ use crate::{
     storage::StorageError,
 };
 
-/// What is wrong with a request, or what it wants that this build does not have.
+/// What is wrong with a request.
 #[derive(Debug, Default)]
 pub(super) struct Refusal {
-    unsupported: Vec<FieldViolation>,
     violations: Vec<FieldViolation>,
 }
 
 impl Refusal {
-    /// Notes a field whose function this build does not have, if it is set.
-    pub(super) fn unsupported(&mut self, set: bool, field: impl FnOnce() -> String) {
-        if set && !self.is_full() {
-            self.unsupported
-                .push(FieldViolation::new(field(), "not supported by this build; leave it unset"));
-        }
-    }
-
     /// Notes a field that is wrong.
     pub(super) fn violation(&mut self, field: impl Into<String>, message: impl Into<String>) {
         if !self.is_full() {
@@ -50,26 +41,18 @@ impl Refusal {
 
     /// As much is noted as one answer tells.
     pub(super) fn is_full(&self) -> bool {
-        self.unsupported.len() + self.violations.len() >= limits::VIOLATIONS
+        self.violations.len() >= limits::VIOLATIONS
     }
 
     /// `accept` if nothing was noted.
     pub(super) fn or_else<T>(self, accept: impl FnOnce() -> T) -> Result<T, Self> {
-        if self.unsupported.is_empty() && self.violations.is_empty() {
-            Ok(accept())
-        } else {
-            Err(self)
-        }
+        if self.violations.is_empty() { Ok(accept()) } else { Err(self) }
     }
 }
 
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
-        if refusal.unsupported.is_empty() {
-            violations(Code::InvalidArgument, refusal.violations)
-        } else {
-            violations(Code::Unimplemented, refusal.unsupported)
-        }
+        violations(Code::InvalidArgument, refusal.violations)
     }
 }
 

@@ -136,7 +136,7 @@ fn observe_reports(observed: &Observed) {
 /// How much the server holds.
 fn observe_app(observed: &Observed) {
     type Read = fn(&App) -> usize;
-    let gauges: [(_, _, Read); 5] = [
+    let gauges: [(_, _, Read); 6] = [
         (
             "fusebox_live_cells",
             "Cells that are remembered, one for each limit of a key: not full, or not a minute ago",
@@ -147,6 +147,7 @@ fn observe_app(observed: &Observed) {
         }),
         ("fusebox_waiting", "Callers that stand in a line", App::waiting),
         ("fusebox_circuit_watchers", "Streams that watch circuits", App::watchers),
+        ("fusebox_sessions", "Sessions, each of them a stream", App::sessions),
         ("fusebox_events", "Events of the audit trail that are remembered", App::event_count),
     ];
     for (name, description, read) in gauges {

@@ -876,9 +876,6 @@ async fn a_mistake_changes_nothing_and_names_its_field() {
         let named: Vec<_> = violations.iter().map(|one| one.field.as_str()).collect();
         assert_eq!(named, fields);
     }
-    let mut unsupported = good();
-    unsupported.policy.as_mut().unwrap().on_unreachable = 1;
-    assert_eq!(operator.try_put(unsupported).await.unwrap_err().code(), Code::Unimplemented);
     let listing = |page_token: &str| ListPoliciesRequest {
         page_token: page_token.into(),
         ..Default::default()

@@ -77,19 +77,19 @@ async fn every_violation_is_told_and_not_too_many() {
 }
 
 #[tokio::test]
-async fn what_this_build_cannot_do_is_refused_by_name() {
+async fn a_handle_is_refused_by_name_where_there_is_no_session() {
     let server = Server::start(CONFIG).await;
     let mut raw = server.raw().await;
     let three = || ask("three", "a", 1);
     let handle = request([Ask { handle: 1, ..three() }]);
     let refused = raw.acquire(handle).await.unwrap_err();
-    assert_names(&refused, Code::Unimplemented, "asks[0].handle");
+    assert_names(&refused, Code::InvalidArgument, "asks[0].handle");
 
     let handle = request([Ask { handle: 1, ..three() }]);
     let entry = AcquireRequest { namespace: String::new(), ..handle };
     let batch = batch(vec![entry]);
     let refused = raw.acquire_batch(batch).await.unwrap_err();
-    assert_names(&refused, Code::Unimplemented, "requests[0].asks[0].handle");
+    assert_names(&refused, Code::InvalidArgument, "requests[0].asks[0].handle");
 
     let delta = CircuitDelta { handle: 1, policy: "three".into(), ..Default::default() };
     let report = ReportRequest {
@@ -99,7 +99,7 @@ async fn what_this_build_cannot_do_is_refused_by_name() {
         ..Default::default()
     };
     let refused = raw.report(report).await.unwrap_err();
-    assert_names(&refused, Code::Unimplemented, "deltas[0].handle");
+    assert_names(&refused, Code::InvalidArgument, "deltas[0].handle");
     assert_eq!(remaining(&server, "three", "a").await, 3);
     server.stop().await.unwrap();
 }

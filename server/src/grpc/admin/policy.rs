@@ -12,10 +12,10 @@ use crate::{
     calendar::{Calendar, Every},
     catalogue::Reserves,
     config::{
-        BackoffFields, Besides, BreakerFields, BreakerPolicy, DEFAULT_MIN_PER_SECOND,
-        DEFAULT_RATIO_BASIS_POINTS, DEFAULT_SLOW_RATE, DEFAULT_TIME_ZONE, DEFAULT_TTL, Durability,
-        Factor, HalfOpenFields, Judge, Keys, LimitSettings, LimiterPolicy, Override, Percent,
-        Policy, RampFields, SlowCallFields,
+        BackoffFields, Besides, BreakerFields, DEFAULT_MIN_PER_SECOND, DEFAULT_RATIO_BASIS_POINTS,
+        DEFAULT_SLOW_RATE, DEFAULT_TIME_ZONE, DEFAULT_TTL, Durability, Factor, HalfOpenFields,
+        Judge, Keys, LimitSettings, LimiterPolicy, OnUnreachable, Override, Percent, Policy,
+        RampFields, SlowCallFields,
     },
     grpc::{respond::duration, status::Refusal},
     limits,
@@ -66,7 +66,6 @@ places! {
 /// The settings that a message says; `None` if there are none, and then something about them is refused.
 pub(super) fn settings(refusal: &mut Refusal, message: &v1::Policy) -> Option<Policy> {
     let path = "policy";
-    refusal.unsupported(message.on_unreachable != 0, || format!("{path}.on_unreachable"));
     let own = judge_of(refusal, path, message.kind.clone().map(Kind::from));
     let durability = match v1::Durability::try_from(message.durability) {
         Ok(v1::Durability::Unspecified) => None,
@@ -74,6 +73,17 @@ pub(super) fn settings(refusal: &mut Refusal, message: &v1::Policy) -> Option<Po
         Ok(v1::Durability::Relaxed) => Some(Durability::Relaxed),
         Err(_) => {
             refusal.violation(format!("{path}.durability"), "not a durability");
+            None
+        }
+    };
+    let on_unreachable = match v1::OnUnreachable::try_from(message.on_unreachable) {
+        Ok(v1::OnUnreachable::Unspecified) => None,
+        Ok(v1::OnUnreachable::Deny) => Some(OnUnreachable::Deny),
+        Ok(v1::OnUnreachable::Local) => Some(OnUnreachable::Local),
+        Ok(v1::OnUnreachable::Allow) => Some(OnUnreachable::Allow),
+        Err(_) => {
+            let message = "not what a client could do";
+            refusal.violation(format!("{path}.on_unreachable"), message);
             None
         }
     };
@@ -93,6 +103,7 @@ pub(super) fn settings(refusal: &mut Refusal, message: &v1::Policy) -> Option<Po
             critical_basis_points: share(reserves.critical_basis_points),
             normal_basis_points: share(reserves.normal_basis_points),
         }),
+        on_unreachable,
         durability,
         max_cells: message.max_cells.map(count),
         max_debt: message.max_debt,
@@ -107,10 +118,14 @@ pub(super) fn settings(refusal: &mut Refusal, message: &v1::Policy) -> Option<Po
 pub(super) fn message(policy: &Policy) -> v1::Policy {
     match policy {
         Policy::Limiter(policy) => limiter_message(policy),
-        Policy::Breaker(BreakerPolicy { breaker, overrides, max_circuits }) => v1::Policy {
-            kind: breaker_message(breaker).of_policy(),
-            overrides: override_messages(overrides, breaker_message),
-            max_cells: Some(*max_circuits as u64),
+        Policy::Breaker(policy) => v1::Policy {
+            kind: breaker_message(&policy.breaker).of_policy(),
+            overrides: override_messages(&policy.overrides, breaker_message),
+            on_unreachable: match policy.allows_unreachable {
+                true => v1::OnUnreachable::Allow.into(),
+                false => v1::OnUnreachable::Unspecified.into(),
+            },
+            max_cells: Some(policy.max_circuits as u64),
             ..v1::Policy::default()
         },
     }
@@ -119,7 +134,9 @@ pub(super) fn message(policy: &Policy) -> v1::Policy {
 /// The same of what judges one key, with every default that it has filled in.
 pub(in crate::grpc) fn all_of(policy: &Policy, durability: Durability) -> v1::Policy {
     let message = message(policy);
-    let Policy::Limiter(limiter) = policy else { return message };
+    let Policy::Limiter(limiter) = policy else {
+        return v1::Policy { on_unreachable: v1::OnUnreachable::Allow.into(), ..message };
+    };
     // Of several limits each may owe another amount.
     let debt = match limiter.limits.as_slice() {
         [one] => Some(limiter.max_debt_of(&one.limit)),
@@ -127,6 +144,7 @@ pub(in crate::grpc) fn all_of(policy: &Policy, durability: Durability) -> v1::Po
     };
     v1::Policy {
         reserves: message.reserves.or_else(|| Some(v1::Reserves::default())),
+        on_unreachable: unreachable_message(limiter.on_unreachable()).into(),
         durability: durability_message(durability).into(),
         max_debt: debt,
         ..message
@@ -143,12 +161,21 @@ fn limiter_message(policy: &LimiterPolicy) -> v1::Policy {
             critical_basis_points: reserves.critical_basis_points.into(),
             normal_basis_points: reserves.normal_basis_points.into(),
         }),
-        on_unreachable: 0,
+        on_unreachable: policy.on_unreachable.map(unreachable_message).unwrap_or_default().into(),
         durability: policy.durability.map(durability_message).unwrap_or_default().into(),
         max_cells: Some(policy.max_cells as u64),
         max_debt: policy.max_debt,
         lease_time: Some(duration(policy.lease_time)),
         max_waiting: u32::try_from(policy.max_waiting).ok(),
+    }
+}
+
+/// What clients do while they are alone, on the wire.
+fn unreachable_message(on_unreachable: OnUnreachable) -> v1::OnUnreachable {
+    match on_unreachable {
+        OnUnreachable::Deny => v1::OnUnreachable::Deny,
+        OnUnreachable::Local => v1::OnUnreachable::Local,
+        OnUnreachable::Allow => v1::OnUnreachable::Allow,
     }
 }
 
@@ -713,7 +740,8 @@ mod tests {
     #[test]
     fn what_only_limiters_have_is_refused_of_a_breaker_by_field() {
         type Change = fn(&mut v1::Policy);
-        let wrong: [(Change, &str); 8] = [
+        let wrong: [(Change, &str); 9] = [
+            (|policy| policy.on_unreachable = 2, "policy.on_unreachable: `on_unreachable` beside"),
             (
                 |policy| policy.shadow = true,
                 "policy.shadow: `shadow` beside a breaker: circuits have",
@@ -761,7 +789,7 @@ mod tests {
             let per = Some(prost_types::Duration { seconds, nanos: 0 });
             Some(policy::Kind::TokenBucket(v1::TokenBucket { limit, per, burst }))
         }
-        let wrong: [(Change, &str); 12] = [
+        let wrong: [(Change, &str); 13] = [
             (|policy| policy.kind = None, "policy: a limiter"),
             (|policy| policy.kind = bucket(None, 1, None), "policy.token_bucket.limit: required"),
             (|policy| policy.kind = bucket(Some(1), -1, None), "policy.token_bucket.per: "),
@@ -775,6 +803,7 @@ mod tests {
             (|policy| policy.max_waiting = Some(10_001), "policy.max_waiting: "),
             (|policy| policy.lease_time = Some(duration(Duration::ZERO)), "policy.lease_time: "),
             (|policy| policy.durability = 7, "policy.durability: "),
+            (|policy| policy.on_unreachable = 7, "policy.on_unreachable: "),
             (
                 |policy| {
                     let share =
@@ -793,14 +822,5 @@ mod tests {
             assert_eq!(status.code(), Code::InvalidArgument);
             assert!(status.message().starts_with(message), "{message}: {}", status.message());
         }
-        let status = {
-            let mut message = message(&good);
-            message.on_unreachable = 1;
-            let mut refusal = Refusal::default();
-            settings(&mut refusal, &message);
-            Status::from(refusal)
-        };
-        assert_eq!(status.code(), Code::Unimplemented);
-        assert!(status.message().starts_with("policy.on_unreachable: "));
     }
 }

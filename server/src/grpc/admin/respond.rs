@@ -257,6 +257,7 @@ pub(super) fn info(info: Info) -> ServerInfoResponse {
         truth_id: info.truth_id,
         circuits: info.circuits as u64,
         watchers: info.watchers as u64,
+        sessions: info.sessions as u64,
     }
 }
 
