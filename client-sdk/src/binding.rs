@@ -1,8 +1,11 @@
 //! A policy and key that the client uses, and what the server told of them.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
 };
 
 use arc_swap::ArcSwapOption;
@@ -21,9 +24,13 @@ pub(crate) struct Binding {
     pub(crate) key: Arc<str>,
     /// The short number that sessions use; 0 if there is none left, and then both names are sent.
     pub(crate) handle: u32,
+    /// A number that spreads keys over connections, the same for the same names.
+    pub(crate) spread: u64,
     settings: ArcSwapOption<Settings>,
     /// Clients that have it bound; at least 1.
     clients: AtomicU32,
+    /// The server refused to tell, and that has been said.
+    refused: AtomicBool,
 }
 
 impl Binding {
@@ -32,8 +39,10 @@ impl Binding {
             policy: policy.into(),
             key: key.into(),
             handle,
+            spread: spread(policy, key),
             settings: ArcSwapOption::empty(),
             clients: AtomicU32::new(1),
+            refused: AtomicBool::new(false),
         }
     }
 
@@ -52,4 +61,21 @@ impl Binding {
         self.settings.store(settings);
         self.clients.store(clients.max(1), Ordering::Relaxed);
     }
+
+    /// The server refuses to tell: whether that is news.
+    pub(crate) fn is_refused(&self) -> bool {
+        !self.refused.swap(true, Ordering::Relaxed)
+    }
+
+    /// The server does not refuse any more.
+    pub(crate) fn is_accepted(&self) {
+        self.refused.store(false, Ordering::Relaxed);
+    }
+}
+
+fn spread(policy: &str, key: &str) -> u64 {
+    // Its keys are zeros, so it is the same in each process.
+    let mut hasher = DefaultHasher::new();
+    (policy, key).hash(&mut hasher);
+    hasher.finish()
 }

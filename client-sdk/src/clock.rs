@@ -60,3 +60,17 @@ impl fmt::Debug for Clock {
         })
     }
 }
+
+/// When a timer of the runtime is over that is set now.
+pub(crate) fn deadline(wait: Duration) -> tokio::time::Instant {
+    tokio::time::Instant::now() + wait
+}
+
+#[cfg(test)]
+impl Clock {
+    /// The clock of the runtime's timers, which tests pause.
+    pub(crate) fn of_the_runtime() -> Self {
+        let origin = tokio::time::Instant::now();
+        Self::given(move || origin.elapsed())
+    }
+}

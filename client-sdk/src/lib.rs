@@ -12,14 +12,17 @@ pub mod limiter;
 mod part;
 mod rejected;
 pub mod retry;
+mod session;
 mod settings;
 pub mod telemetry;
 pub mod unary;
 
+#[cfg(feature = "tls")]
+pub use self::client::Tls;
 pub use self::{
     breaker::Breaker,
     bulkhead::Bulkhead,
-    client::Client,
+    client::{BuildError, Client, ClientBuilder, Endpoints},
     clock::Clock,
     limiter::Limiter,
     rejected::{Decider, Evidence, Reason, Rejected},
