@@ -8,7 +8,10 @@ mod client;
 mod clock;
 mod context;
 mod exchange;
+#[cfg(test)]
+mod fake;
 pub mod limiter;
+mod owed;
 mod part;
 mod rejected;
 pub mod retry;

@@ -1,0 +1,127 @@
+//! All keys of a client, found by their names.
+
+use std::{
+    hash::BuildHasher,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use hashbrown::{DefaultHashBuilder, HashMap};
+use parking_lot::{Mutex, RwLock};
+
+use super::key::{Key, Shell};
+use crate::binding::Binding;
+
+/// Keys that lease, of all policies of a client: about 100 MB. Those past it are asked for call by call, and leave at
+/// once.
+const KEYS_MOST: usize = 100_000;
+
+/// Parts of a policy's keys with a lock each, a power of two: threads that look up different keys seldom meet.
+const SHARDS: usize = 16;
+
+/// The policies that are in use, and what is in use of them.
+#[derive(Default)]
+pub(super) struct Keys {
+    families: Mutex<HashMap<Arc<str>, Arc<Family>>>,
+    /// In the order in which they came, which is that in which they are looked after.
+    all: Mutex<Vec<Arc<Key>>>,
+    count: AtomicUsize,
+}
+
+/// The keys of one policy.
+pub(super) struct Family {
+    policy: Arc<str>,
+    hasher: DefaultHashBuilder,
+    shards: [RwLock<HashMap<Arc<str>, Arc<Key>>>; SHARDS],
+}
+
+impl Family {
+    fn shard(&self, key: &str) -> &RwLock<HashMap<Arc<str>, Arc<Key>>> {
+        let hash = self.hasher.hash_one(key);
+        &self.shards[usize::try_from(hash % SHARDS as u64).unwrap_or_default()]
+    }
+}
+
+impl Keys {
+    pub(super) fn family(&self, policy: &str) -> Arc<Family> {
+        let mut families = self.families.lock();
+        if let Some(family) = families.get(policy) {
+            return Arc::clone(family);
+        }
+        let family = Arc::new(Family {
+            policy: policy.into(),
+            hasher: DefaultHashBuilder::default(),
+            shards: Default::default(),
+        });
+        families.insert(Arc::clone(&family.policy), Arc::clone(&family));
+        family
+    }
+
+    /// The key of that name; one that was not there begins.
+    pub(super) fn key(&self, shell: &Arc<Shell>, family: &Family, name: &str) -> Arc<Key> {
+        let shard = family.shard(name);
+        if let Some(key) = shard.read().get(name) {
+            return Arc::clone(key);
+        }
+        self.begin(shell, family, shard, name)
+    }
+
+    #[cold]
+    fn begin(
+        &self,
+        shell: &Arc<Shell>,
+        family: &Family,
+        shard: &RwLock<HashMap<Arc<str>, Arc<Key>>>,
+        name: &str,
+    ) -> Arc<Key> {
+        if self.count.load(Ordering::Relaxed) >= KEYS_MOST {
+            return Self::one_too_many(shell, family, name);
+        }
+        let binding = shell.context.exchange.bind(&family.policy, name);
+        let mut shard = shard.write();
+        if let Some(key) = shard.get(name) {
+            return Arc::clone(key);
+        }
+        let key = Key::new(shell, binding, true);
+        shard.insert(Arc::clone(&key.binding.key), Arc::clone(&key));
+        drop(shard);
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.all.lock().push(Arc::clone(&key));
+        key
+    }
+
+    /// A key that there is no room for: it is not bound either, and judged alone as the policy's own key is.
+    fn one_too_many(shell: &Arc<Shell>, family: &Family, name: &str) -> Arc<Key> {
+        let binding = Binding::new(&family.policy, name, 0);
+        if let Some(own) = family.shard("").read().get("") {
+            binding.is_told(own.binding.settings(), own.binding.clients());
+        }
+        Key::new(shell, Arc::new(binding), false)
+    }
+
+    pub(super) fn for_each(&self, mut each: impl FnMut(&Arc<Key>)) {
+        // Not under the lock: what is done may take a while, and calls wait for it that use a new key.
+        let all = self.all.lock().clone();
+        all.iter().for_each(&mut each);
+    }
+
+    /// Leaves out those that `stays` says no of, if nobody has a handle of them.
+    pub(super) fn retain(&self, mut stays: impl FnMut(&Arc<Key>) -> bool) {
+        // Held all along, so that no key is missing where somebody adds up counts; who begins a new one waits.
+        self.all.lock().retain(|key| stays(key) || !self.leave(key));
+    }
+
+    fn leave(&self, key: &Arc<Key>) -> bool {
+        let family = self.family(&key.binding.policy);
+        let mut shard = family.shard(&key.binding.key).write();
+        // The shard's and this one: nobody can come by another while the shard is locked.
+        if Arc::strong_count(key) > 2 {
+            return false;
+        }
+        shard.remove(&*key.binding.key);
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        true
+    }
+}
