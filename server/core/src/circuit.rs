@@ -32,7 +32,7 @@ pub use self::{
 use self::{
     evidence::{Details, note},
     quorum::judge,
-    window::Window,
+    window::{Calm, Window},
 };
 use crate::Time;
 
@@ -449,6 +449,26 @@ impl Circuit {
         match &self.probes {
             Some(probes) => self.seen_by(probes),
             None => Evidence::of(&self.window, turn.breaker, self.details.as_deref(), turn.now),
+        }
+    }
+
+    /// Until when calls that neither fail nor are slow cannot open it, however many there are: till then they may be
+    /// told together, before whatever else is told. `None` if the next such call can open it, if several reporters tell
+    /// of calls, or if it does not count any.
+    ///
+    /// The end of time where a window goes by order: there a good call lets a circuit open only while fewer calls are
+    /// counted than say something.
+    #[must_use]
+    pub fn quiet_until(&self, turn: Turn<'_>) -> Option<Time> {
+        if self.phase != Phase::Closed {
+            return None;
+        }
+        let calm = self.window.calm(turn.breaker, turn.now)?;
+        let opens = || judge(&self.window, self.known_since, turn.breaker, turn.now).opens();
+        match calm {
+            Calm { nothing_bad: true, until, .. } => Some(until),
+            Calm { enough: true, until, .. } => (!opens()).then_some(until),
+            Calm { .. } => None,
         }
     }
 

@@ -206,6 +206,34 @@ impl Window {
         }
     }
 
+    /// What is to be known to tell whether good calls can open a circuit; `None` if several reporters tell of calls.
+    pub(super) fn calm(&self, breaker: &Breaker, now: Time) -> Option<Calm> {
+        let calm = |counts: Counts, enough, until| Calm {
+            nothing_bad: counts.failures == 0 && counts.slow == 0,
+            enough: counts.calls >= enough,
+            until,
+        };
+        let no_end = Time::from_nanos(u64::MAX);
+        match self {
+            Self::Time(reporters) if reporters.tracked.len() > 1 => None,
+            Self::Time(reporters) => {
+                let mut sum = Counts::default();
+                reporters.seen(now).for_each(|one| sum.add(one.counts));
+                // With fewer than two, and a tenth, a reporter does not speak for itself.
+                let enough = breaker.min_calls.max(2);
+                let next = reporters.slice(now).saturating_add(1);
+                let end = next.saturating_mul(reporters.slice_nanos);
+                Some(calm(sum, enough, Time::from_nanos(end)))
+            }
+            Self::Calls(ring) => {
+                let most = u32::try_from(ring.most).unwrap_or(u32::MAX);
+                Some(calm(ring.sum, breaker.min_calls.min(most), no_end))
+            }
+            // A good call ends the row.
+            Self::Consecutive { .. } => Some(calm(Counts::default(), 0, no_end)),
+        }
+    }
+
     /// Whether nobody told anything within the last minute, nor of calls that still count. What goes by order
     /// counts without end: it is forgotten after as long as the longest time window.
     pub(super) fn is_quiet(&self, now: Time) -> bool {
@@ -215,6 +243,17 @@ impl Window {
             Self::Consecutive { failures, told_at } => *failures == 0 || is_long_ago(*told_at, now),
         }
     }
+}
+
+/// Whether good calls can open a circuit.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Calm {
+    /// Of the calls in the window none failed or was slow.
+    pub(super) nothing_bad: bool,
+    /// There are so many that a further good one only lowers what is judged.
+    pub(super) enough: bool,
+    /// When the slice ends: what leaves the window then may be the good ones.
+    pub(super) until: Time,
 }
 
 /// What one reporter has told of a time window.
