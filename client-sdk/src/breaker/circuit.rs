@@ -691,6 +691,7 @@ impl Circuit {
         let mut changes = Changes::default();
         let offer = {
             let mut inner = self.inner.lock();
+            self.visit(&mut inner, now);
             inner.is_asking = false;
             let Some((answer, sent)) = answer else {
                 inner.shared.asks_at(now.after(ASK_AGAIN));
@@ -889,8 +890,9 @@ impl Circuit {
         let mut inner = self.inner.lock();
         self.read(&mut inner, now);
         let given_back = inner.take_spent_probe(now);
-        let rests =
-            inner.pocket.is_none() && inner.news.is_empty() && inner.busy_at.after(REST) <= now;
+        let is_told = inner.is_breaker() && inner.shared.generation() > 0;
+        let has_news = is_told && !inner.news.is_empty();
+        let rests = inner.pocket.is_none() && !has_news && inner.busy_at.after(REST) <= now;
         if rests {
             // The next call finds it, and tells what is counted from now on.
             self.catch_up(&mut inner, now);
@@ -1164,5 +1166,23 @@ impl Inner {
         });
         self.own_evidence = Some((generation, Arc::clone(&evidence)));
         Some(evidence)
+    }
+}
+
+#[cfg(test)]
+impl Circuit {
+    /// What the local breaker is now, and its generation.
+    pub(super) fn own(&self) -> (circuit::Phase, u64) {
+        let mut inner = self.inner.lock();
+        let now = self.home.now();
+        self.read(&mut inner, now);
+        self.catch_up(&mut inner, now);
+        inner.turn(now, 0, circuit::Circuit::touch);
+        self.publish(&mut inner, now);
+        (inner.own.phase(), inner.own.generation().0)
+    }
+
+    pub(super) fn has_pocket(&self) -> bool {
+        self.inner.lock().pocket.is_some()
     }
 }

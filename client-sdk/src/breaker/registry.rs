@@ -222,6 +222,13 @@ impl Breakers {
     }
 }
 
+#[cfg(test)]
+impl Breakers {
+    pub(super) fn in_use(&self) -> usize {
+        self.circuits.lock().len()
+    }
+}
+
 impl Part for Breakers {
     fn tend(&self, now: Time) {
         self.look_after(|circuit| circuit.tend(now));
