@@ -19,6 +19,7 @@
 mod circuit;
 #[cfg(test)]
 mod fake;
+mod home;
 mod local;
 mod news;
 mod permit;

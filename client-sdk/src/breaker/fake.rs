@@ -31,11 +31,13 @@ use crate::{
 pub(super) const SECOND: Duration = Duration::from_secs(1);
 pub(super) const MILLI: Duration = Duration::from_millis(1);
 
+type Waiter = oneshot::Sender<Result<Answers, Unanswered>>;
+
 /// A server that answers when a test says so.
 #[derive(Default)]
 pub(super) struct Server {
     bindings: Mutex<BTreeMap<(String, String), Arc<Binding>>>,
-    asked: Mutex<VecDeque<(Question, oneshot::Sender<Result<Answers, Unanswered>>)>>,
+    asked: Mutex<VecDeque<(Question, Waiter)>>,
     pub(super) asks: AtomicUsize,
     pub(super) hurries: AtomicUsize,
     pub(super) is_down: AtomicBool,

@@ -16,13 +16,16 @@ use parking_lot::{Mutex, RwLock};
 
 use super::{
     Breaker, InvalidLocal, Local,
-    circuit::{Changes, Circuit, Home, OwnSettings},
+    circuit::{Changes, Circuit, OwnSettings},
+    home::Home,
     shared::{Told, told_at},
 };
 use crate::{
+    binding::Binding,
     context::Context,
     exchange::{duration, lasts_until},
     part::{Draft, Link, Part},
+    settings::Kind,
     telemetry::Counts,
 };
 
@@ -63,7 +66,8 @@ pub(crate) struct Breakers {
 
 /// The circuits of one policy.
 pub(super) struct Policy {
-    name: Arc<str>,
+    /// That of the empty key, which says whether it is a breaker, and how those are set that the server is not told of.
+    binding: Arc<Binding>,
     breakers: Weak<Breakers>,
     home: Arc<Home>,
     own: Arc<OwnSettings>,
@@ -107,7 +111,7 @@ impl Breakers {
     pub(crate) fn of(self: &Arc<Self>, name: &str) -> Breaker {
         let policy = {
             let mut policies = self.policies.lock();
-            let known = policies.iter().find(|policy| *policy.name == *name).cloned();
+            let known = policies.iter().find(|policy| *policy.binding.policy == *name).cloned();
             known.unwrap_or_else(|| {
                 let policy = Arc::new(Policy::new(name, self));
                 policies.push(Arc::clone(&policy));
@@ -121,7 +125,7 @@ impl Breakers {
     /// The circuit of that name, if it is in use.
     fn find(&self, policy: &str, key: &str) -> Option<Arc<Circuit>> {
         let policies = self.policies.lock();
-        policies.iter().find(|known| *known.name == *policy)?.find(key)
+        policies.iter().find(|known| *known.binding.policy == *policy)?.find(key)
     }
 
     /// A circuit that was not in use.
@@ -163,7 +167,7 @@ impl Breakers {
             if !circuit.is_idle(IDLE, now) {
                 return true;
             }
-            let policy = policies.iter().find(|one| one.name == circuit.binding.policy);
+            let policy = policies.iter().find(|one| one.binding.policy == circuit.binding.policy);
             let goes = policy.is_none_or(|policy| policy.let_go(circuit));
             if goes {
                 circuit.count(&mut gone);
@@ -262,7 +266,7 @@ impl Part for Breakers {
         let policies = self.policies.lock();
         let used = policies.iter().filter(|policy| policy.is_breaker());
         let wanted: Vec<_> =
-            used.map(|policy| Arc::clone(&policy.name)).take(WATCHED_MOST).collect();
+            used.map(|policy| Arc::clone(&policy.binding.policy)).take(WATCHED_MOST).collect();
         drop(policies);
         let mut watch = self.watch.lock();
         if watch.wanted != wanted {
@@ -348,7 +352,7 @@ impl Drop for Breakers {
 impl Policy {
     fn new(name: &str, breakers: &Arc<Breakers>) -> Self {
         Self {
-            name: name.into(),
+            binding: breakers.home.context.exchange.bind(name, ""),
             breakers: Arc::downgrade(breakers),
             home: Arc::clone(&breakers.home),
             own: Arc::default(),
@@ -375,12 +379,13 @@ impl Policy {
     }
 
     fn new_circuit(&self, key: &str, is_shared: bool, now: Time) -> Arc<Circuit> {
-        let binding = if is_shared {
-            self.home.context.exchange.bind(&self.name, key)
+        let own = Arc::clone(&self.own);
+        Arc::new(if is_shared {
+            let binding = self.home.context.exchange.bind(&self.binding.policy, key);
+            Circuit::shared(&self.home, binding, own, now)
         } else {
-            Arc::new(crate::binding::Binding::new(&self.name, key, 0))
-        };
-        Arc::new(Circuit::new(&self.home, binding, Arc::clone(&self.own), is_shared, now))
+            Circuit::unshared(&self.home, key, &self.binding, own, now)
+        })
     }
 
     /// The user's own settings of the local breakers.
@@ -406,11 +411,8 @@ impl Policy {
 
     /// Whether the server says that it is a breaker.
     fn is_breaker(&self) -> bool {
-        // Each key says the same; some may not have been told yet.
-        let says = |shard: &RwLock<HashMap<_, Arc<Circuit>>>| {
-            shard.read().values().any(|circuit| circuit.is_breaker())
-        };
-        self.shards.iter().any(says)
+        let settings = self.binding.settings();
+        settings.is_some_and(|settings| matches!(settings.kind, Kind::Breaker(_)))
     }
 
     fn shard(&self, key: &str) -> &RwLock<HashMap<Arc<str>, Arc<Circuit>>> {

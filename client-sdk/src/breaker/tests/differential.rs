@@ -1,6 +1,6 @@
 //! The local breaker, and a circuit of the core that is told of each call by itself: they are the same.
 
-use std::cell::Cell;
+use std::{cell::Cell, time::Duration};
 
 use fusebox_core::circuit::{
     Call, Circuit, Generation, HalfOpen, Outcome, Passage, Phase, ProbeId, Reporter, Settings,
@@ -58,8 +58,6 @@ impl Plain {
     }
 }
 
-use std::time::Duration;
-
 fn windows() -> [Settings; 5] {
     let half_open =
         HalfOpen { probes: 3, max_in_flight: 2, probe_timeout: SECOND, max_duration: SECOND * 3 };
@@ -115,10 +113,15 @@ fn compare(settings: &Settings, seed: u64) -> u64 {
             18 => drop(scene.report()),
             _ => scene.pass(Duration::from_micros(below(20_000))),
         }
-        if seed % 2 == 0 {
+        if seed.is_multiple_of(2) {
             plain.turn(&scene, Circuit::touch);
             let theirs = (plain.circuit.phase(), plain.circuit.generation().0);
-            assert_eq!(breaker.circuit.own(), theirs, "seed {seed}, step {step} {:?}", settings.window);
+            assert_eq!(
+                breaker.circuit.own(),
+                theirs,
+                "seed {seed}, step {step} {:?}",
+                settings.window
+            );
         }
     }
     plain.turn(&scene, Circuit::touch);

@@ -587,6 +587,21 @@ fn idle_circuits_leave_and_those_that_are_held_stay() {
 }
 
 #[test]
+fn past_the_bound_a_circuit_has_its_local_breaker_alone_with_the_settings_of_the_policy() {
+    let scene = Scene::new();
+    let breaker = scene.breaker(row());
+    scene.watch(true, vec![], 3);
+    let keys: Vec<_> = (0..10_000).map(|number| number.to_string()).collect();
+    let held: Vec<_> = keys.iter().map(|key| breaker.key(key)).collect();
+    let past = held.last().unwrap();
+    open_locally(past);
+    assert!(past.key("9999").try_admit().is_err(), "it is the same for all");
+    assert_eq!(scene.delta(), None);
+    fail(&breaker);
+    assert_eq!(scene.delta().unwrap().failures, 1);
+}
+
+#[test]
 fn only_policies_that_are_breakers_are_watched() {
     let scene = Scene::new();
     scene.breakers.of("unknown");

@@ -773,3 +773,54 @@ fn the_largest_settings_do_no_harm() {
         assert_eq!(scene.phase(), Phase::Closed);
     }
 }
+
+#[test]
+fn while_a_circuit_is_quiet_good_calls_that_are_told_together_do_what_each_does() {
+    let good = |calls| counts(calls, 0);
+    let time = Settings { window: WindowSettings::Time(SECOND * 10), ..plain() };
+    let mut scene = Scene::new(time.clone());
+    let until = |scene: &mut Scene| scene.turn(|circuit, turn| circuit.quiet_until(turn));
+    // Nothing failed: until the slice ends.
+    let end = Some(Time::ZERO.after(SECOND * 1_001));
+    assert_eq!(until(&mut scene), end);
+    // 10 of 10 failed, and 20 calls say something: the tenth good one opens it.
+    scene.tell("a", counts(10, 10));
+    assert_eq!(until(&mut scene), None);
+    scene.tell("a", good(9));
+    assert_eq!(scene.circuit.phase(), Phase::Closed);
+    assert_eq!(until(&mut scene), None);
+    scene.tell("a", good(1));
+    assert_eq!(scene.circuit.phase(), Phase::Open);
+    assert_eq!(until(&mut scene), None, "it counts none");
+
+    // Enough calls below the rate: more only lower it, till the good ones leave the window.
+    let mut scene = Scene::new(time);
+    scene.tell("a", good(10));
+    scene.pass(SECOND);
+    scene.tell("a", counts(10, 9));
+    assert_eq!(until(&mut scene), Some(Time::ZERO.after(SECOND * 1_002)));
+    scene.tell("a", good(u32::MAX / 2));
+    assert_eq!(scene.circuit.phase(), Phase::Closed);
+    // What several reporters tell, each may weigh otherwise.
+    scene.tell("b", good(1));
+    assert_eq!(until(&mut scene), None);
+
+    let no_end = Some(Time::from_nanos(u64::MAX));
+    let mut row = Scene::new(Settings { window: WindowSettings::Consecutive(3), ..plain() });
+    row.tell("a", counts(2, 2));
+    assert_eq!(until(&mut row), no_end);
+    let mut count = Scene::new(Settings { window: WindowSettings::Calls(10), ..plain() });
+    assert_eq!(until(&mut count), no_end);
+    count.tell("a", counts(4, 4));
+    assert_eq!(until(&mut count), None);
+    count.tell("a", good(6));
+    assert_eq!(until(&mut count), no_end);
+    // Settings that would open it by what is known already.
+    count.breaker = Breaker::new(Settings {
+        window: WindowSettings::Calls(10),
+        failure_rate: share(4_000),
+        ..plain()
+    })
+    .unwrap();
+    assert_eq!(until(&mut count), None);
+}
