@@ -10,6 +10,7 @@ mod context;
 mod exchange;
 #[cfg(test)]
 mod fake;
+pub mod layer;
 pub mod limiter;
 mod owed;
 mod part;
@@ -18,6 +19,7 @@ pub mod retry;
 mod session;
 mod settings;
 pub mod telemetry;
+mod timeout;
 pub mod unary;
 
 #[cfg(feature = "tls")]
@@ -31,4 +33,5 @@ pub use self::{
     rejected::{Decider, Evidence, Reason, Rejected},
     retry::Retry,
     settings::Fallback,
+    timeout::{TimedOut, Timeout},
 };
