@@ -1,9 +1,60 @@
-//! Layers for tower.
+//! Layers for tower: each guards the calls of a service by a handle.
+//!
+//! All of them reject in `call`, with an error of [`BoxError`] in which [`rejection`] finds the
+//! [`Rejected`]; their `poll_ready` is that of the service within. What they know is in the handles: layers and
+//! services of one handle, and their clones, share it.
+//!
+//! [`ResilienceLayer`] puts any of them around a service in the order that makes sense:
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! use fusebox_client::{
+//!     Client, Timeout,
+//!     layer::{BreakerLayer, RateLimitLayer, ResilienceLayer, TimeoutLayer},
+//! };
+//! # use tower::{Service, ServiceBuilder, ServiceExt};
+//!
+//! # async fn example(client: Client) -> Result<(), tower::BoxError> {
+//! let resilience = ResilienceLayer::new()
+//!     .breaker(BreakerLayer::new(client.breaker("payments")))
+//!     .rate_limit(RateLimitLayer::new(client.limiter("api")))
+//!     .timeout(TimeoutLayer::new(Timeout::new(Duration::from_secs(2))));
+//! let mut service = ServiceBuilder::new()
+//!     .layer(resilience)
+//!     .service_fn(async |request: u32| Ok::<_, tower::BoxError>(request + 1));
+//! service.ready().await?.call(1).await?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod admission;
+pub mod breaker;
+pub mod bulkhead;
+pub mod grpc;
+mod key;
+pub mod rate_limit;
+mod resilience;
+pub mod retry;
+pub mod timeout;
+
 use std::error::Error;
 
+pub use tower::BoxError;
+
+pub use self::{
+    breaker::BreakerLayer,
+    bulkhead::BulkheadLayer,
+    key::{CostOf, KeyOf, OneKey, OneToken},
+    rate_limit::RateLimitLayer,
+    resilience::ResilienceLayer,
+    retry::RetryLayer,
+    timeout::TimeoutLayer,
+};
 use crate::Rejected;
 
-pub use tower::BoxError;
+/// Links of a chain of sources that are looked at. A longer one is a mistake, and may have no end.
+const MOST_SOURCES: usize = 64;
 
 /// The rejection that an error is, or comes of.
 #[must_use]
@@ -13,17 +64,18 @@ pub fn rejection(error: &BoxError) -> Option<&Rejected> {
 
 /// As [`rejection`], of any error.
 pub(crate) fn rejected_in<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Rejected> {
-    let mut error = Some(error);
-    // A chain that has no end would be a mistake of others; one of so many links as this tells nothing any more.
+    source_of(error)
+}
+
+/// The error itself if it is of that type, or the first of its sources that is.
+fn source_of<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
+    let mut next = Some(error);
     for _ in 0..MOST_SOURCES {
-        let this = error?;
-        if let Some(rejected) = this.downcast_ref() {
-            return Some(rejected);
+        let error = next?;
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
         }
-        error = this.source();
+        next = error.source();
     }
     None
 }
-
-/// Links of a chain of sources that are looked at.
-const MOST_SOURCES: usize = 64;

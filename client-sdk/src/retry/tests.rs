@@ -3,7 +3,7 @@
 use std::{
     future::pending,
     io,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use parking_lot::Mutex;
@@ -38,7 +38,6 @@ struct Server {
     bindings: Mutex<Vec<Arc<Binding>>>,
     settings: Mutex<Option<Arc<Settings>>>,
     answers: Arc<Notify>,
-    up: AtomicBool,
 }
 
 impl Exchange for Server {
@@ -72,7 +71,7 @@ impl Exchange for Server {
     fn hurry(&self) {}
 
     fn is_up(&self) -> bool {
-        self.up.load(Ordering::Relaxed)
+        *self.answering.lock() != Answering::Down
     }
 
     fn bind(&self, policy: &str, key: &str) -> Arc<Binding> {
@@ -101,7 +100,6 @@ impl Bench {
             bindings: Mutex::default(),
             settings: Mutex::new(Some(settings(v1::OnUnreachable::Allow))),
             answers: Arc::default(),
-            up: AtomicBool::new(true),
         });
         let events = Arc::<Mutex<Vec<String>>>::default();
         let heard = Arc::clone(&events);

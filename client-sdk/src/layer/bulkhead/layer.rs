@@ -1,0 +1,38 @@
+use std::borrow::Cow;
+
+use tower::Layer;
+
+use super::Bulkhead;
+use crate::{bulkhead, layer::OneKey};
+
+/// Holds a permit for as long as a call takes, and rejects those that get none.
+///
+/// A call is over when its response is there, also if a body follows; or when it is dropped.
+#[derive(Clone)]
+pub struct BulkheadLayer<K = OneKey> {
+    bulkhead: bulkhead::Bulkhead,
+    key: K,
+}
+
+impl BulkheadLayer {
+    /// Permits of the bulkhead's key.
+    #[must_use]
+    pub fn new(bulkhead: bulkhead::Bulkhead) -> Self {
+        Self { bulkhead, key: OneKey }
+    }
+}
+
+impl<K> BulkheadLayer<K> {
+    /// Which key a request is for: such as `|request: &Request| Cow::from(request.shard())`.
+    pub fn key_by<Request, F: Fn(&Request) -> Cow<'_, str>>(self, key: F) -> BulkheadLayer<F> {
+        BulkheadLayer { bulkhead: self.bulkhead, key }
+    }
+}
+
+impl<S, K: Clone> Layer<S> for BulkheadLayer<K> {
+    type Service = Bulkhead<S, K>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Bulkhead::new(inner, self.bulkhead.clone(), self.key.clone())
+    }
+}
