@@ -9,6 +9,7 @@ use fusebox_server::{
         Config, Durability,
         envoy::{self, Ruleset, files::Loaded},
     },
+    entropy::Entropy,
     lifecycle::Lifecycle,
     storage::{
         self, Answer, CellAsk, Charge, Decided, Durable, Left, Recovered, RecoveryError, Start,
@@ -79,7 +80,7 @@ pub fn app_of_rules(
         clock: Arc::clone(clock) as Arc<_>,
         entropy: &Counting::default(),
     })?;
-    Ok(app_of(recovered))
+    Ok(app_of(recovered, Arc::<Counting>::default()))
 }
 
 /// What callers can do with a server that keeps nothing, which is ready from here on.
@@ -90,7 +91,7 @@ pub fn app(lifecycle: &Lifecycle, config: &str) -> Arc<App> {
     let config = Config::parse("test.yaml", config).expect("a configuration");
     let recovered = recover(Nothing::open(), &config, &Arc::default()).expect("nothing recovers");
     let disk = recovered.writer.disk();
-    let (app, _) = app_of(recovered);
+    let (app, _) = app_of(recovered, Arc::<Counting>::default());
     let app = Arc::new(app);
     lifecycle.recovered(Arc::clone(&app), disk);
     app
@@ -105,10 +106,11 @@ pub fn app_on(
     config: &Config,
     clock: &Arc<ManualClock>,
 ) -> Result<(App, Writer), RecoveryError> {
-    recover(journal, config, clock).map(app_of)
+    recover(journal, config, clock).map(|recovered| app_of(recovered, Arc::<Counting>::default()))
 }
 
-fn app_of(recovered: Recovered) -> (App, Writer) {
+/// What decides by what a start found, and what writes for it.
+pub fn app_of(recovered: Recovered, entropy: Arc<dyn Entropy>) -> (App, Writer) {
     let Recovered {
         catalogue,
         cells,
@@ -129,7 +131,7 @@ fn app_of(recovered: Recovered) -> (App, Writer) {
         draining: CancellationToken::new(),
         operations,
     };
-    (App::new(catalogue, cells, clock, Arc::new(Counting::default()), life), writer)
+    (App::new(catalogue, cells, clock, entropy, life), writer)
 }
 
 /// Writes until nothing is left to write.

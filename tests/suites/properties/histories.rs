@@ -13,11 +13,11 @@ use fusebox_server::{
         Reported, Told,
     },
     config::Config,
-    storage::{Answer, Decided, Durable, Recovered, Storage, Writer},
+    storage::{Answer, Decided, Durable, Storage, Writer},
 };
 use fusebox_tests::{
     Counting, ManualClock, Simulated,
-    panel::{recover, settled, write_all},
+    panel::{app_of, recover, settled, write_all},
 };
 use proptest::{collection::vec, prelude::*, sample::select};
 
@@ -217,34 +217,12 @@ impl World {
 
     fn start(&mut self) {
         let recovered = recover(self.journal.open(), &self.config(), &self.clock).unwrap();
-        let Recovered {
-            catalogue,
-            cells,
-            circuits,
-            grants,
-            operations,
-            writer,
-            clock,
-            boot,
-            secret,
-            ..
-        } = recovered;
-        let stop = {
-            let cells = Arc::clone(&cells);
-            Box::new(move || cells.stop())
-        };
+        let cells = Arc::clone(&recovered.cells);
+        let (app, writer) = app_of(recovered, Arc::<Counting>::default());
         let storage = Arc::clone(&cells) as Arc<dyn Storage>;
-        let entropy = Arc::new(Counting::default());
-        let life = app::Life {
-            boot,
-            secret,
-            circuits,
-            open: grants,
-            operations,
-            draining: Default::default(),
-        };
-        let app = Arc::new(App::new(catalogue, Arc::clone(&storage), clock, entropy, life));
-        self.life = Some(Life { app, cells: storage, writer, stop, waiting: Vec::new() });
+        let stop = Box::new(move || cells.stop());
+        self.life =
+            Some(Life { app: Arc::new(app), cells: storage, writer, stop, waiting: Vec::new() });
     }
 
     fn life(&mut self) -> &mut Life {

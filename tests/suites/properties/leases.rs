@@ -10,11 +10,11 @@ use fusebox_server::{
         Told,
     },
     config::Config,
-    storage::{Recovered, Storage, Writer},
+    storage::Writer,
 };
 use fusebox_tests::{
-    Counting, ManualClock, Simulated,
-    panel::{recover, told, write_all},
+    ManualClock, Simulated,
+    panel::{app_on, told, write_all},
 };
 
 const PER_MILLIS: u64 = 10;
@@ -103,29 +103,7 @@ struct World {
 }
 
 fn start(journal: &Simulated, clock: &Arc<ManualClock>, burst: u64) -> (App, Writer) {
-    let recovered = recover(journal.open(), &config(burst), clock).unwrap();
-    let Recovered {
-        catalogue,
-        cells,
-        circuits,
-        grants,
-        operations,
-        writer,
-        clock,
-        boot,
-        secret,
-        ..
-    } = recovered;
-    let life = app::Life {
-        boot,
-        secret,
-        circuits,
-        open: grants,
-        operations,
-        draining: Default::default(),
-    };
-    let entropy = Arc::new(Counting::default());
-    (App::new(catalogue, cells as Arc<dyn Storage>, clock, entropy, life), writer)
+    app_on(journal.open(), &config(burst), clock).unwrap()
 }
 
 impl World {

@@ -11,15 +11,15 @@ use fusebox_core::Decision;
 use fusebox_server::{
     app::{
         Acquire, AcquireError, Acquired, App, Ask, Batch, BatchError, Client, Entry, GrantName,
-        Granted, Held, Life, Principal, Priority, Receipt, Report, Told,
+        Granted, Held, Principal, Priority, Receipt, Report, Told,
     },
     config::Config,
     limits,
-    storage::{Recovered, Storage, Writer, journal::Nothing},
+    storage::{Writer, journal::Nothing},
 };
 use fusebox_tests::{
     Counting, ManualClock, Simulated,
-    panel::{recover, told, write_all},
+    panel::{app_of, recover, told, write_all},
 };
 
 /// A server, and what stays of it when it is restarted.
@@ -127,7 +127,7 @@ impl Panel {
     fn start(&mut self) {
         let config = self.config.as_ref().expect("a policy first");
         let recovered = recover(self.disk.open(), config, &self.clock).expect("the disk recovers");
-        self.running = Some(app(recovered, &self.entropy));
+        self.running = Some(app_of(recovered, Arc::clone(&self.entropy) as Arc<_>));
     }
 }
 
@@ -135,33 +135,13 @@ impl Panel {
 pub fn in_memory(policies: &str) -> (App, Arc<ManualClock>) {
     let clock = Arc::<ManualClock>::default();
     let recovered = recover(Nothing::open(), &config(policies), &clock).expect("nothing recovers");
-    (app(recovered, &Arc::default()).0, clock)
+    (app_of(recovered, Arc::<Counting>::default()).0, clock)
 }
 
 /// A configuration of these policies, in the namespace `test`.
 pub fn config(policies: &str) -> Config {
     let text = format!("namespaces: {{test: {{policies: {{{policies}}}}}}}");
     Config::parse("test.yaml", &text).expect("a configuration")
-}
-
-/// A server that goes on from what was recovered, and its writer.
-pub fn app(recovered: Recovered, entropy: &Arc<Counting>) -> (App, Writer) {
-    let Recovered {
-        catalogue,
-        cells,
-        circuits,
-        grants,
-        operations,
-        writer,
-        clock,
-        boot,
-        secret,
-        ..
-    } = recovered;
-    let life =
-        Life { boot, secret, circuits, open: grants, operations, draining: Default::default() };
-    let (cells, entropy) = (cells as Arc<dyn Storage>, Arc::clone(entropy) as Arc<_>);
-    (App::new(catalogue, cells, clock, entropy, life), writer)
 }
 
 /// An Acquire of one ask, in the namespace `test`.

@@ -13,9 +13,12 @@ use fusebox_server::{
     app::{Acquired, App, Ask, Principal},
     storage::Answer,
 };
-use fusebox_tests::{Counting, ManualClock, Simulated, panel::recover};
+use fusebox_tests::{
+    Counting, ManualClock, Simulated,
+    panel::{app_of, recover},
+};
 
-use crate::panel::{app, config, in_memory, one};
+use crate::panel::{config, in_memory, one};
 
 /// Callers that ask at the same moment, as often as each likes; how many were allowed.
 fn race(callers: usize, calls: usize, call: impl Fn(usize) -> bool + Sync) -> usize {
@@ -104,7 +107,7 @@ fn killed_in_a_loop(durability: &str, lives: u64) -> u64 {
     let admitted = AtomicU64::new(0);
     for life in 0..lives {
         let recovered = recover(disk.open(), &config, &clock).expect("the disk recovers");
-        let (app, mut writer) = app(recovered, &entropy);
+        let (app, mut writer) = app_of(recovered, Arc::clone(&entropy) as Arc<_>);
         let (killed, calling) = (AtomicBool::new(false), AtomicUsize::new(CALLERS));
         thread::scope(|scope| {
             for _ in 0..CALLERS {
