@@ -284,8 +284,11 @@ impl Key {
         } else {
             (2 * cold.asking.batch).clamp(BATCH_LEAST, BATCH_MOST)
         };
-        // What was given to somebody who had left is the next one's; what nobody can use is lost.
-        serve(cold, &mut spare, Decider::Server);
+        // What was given to somebody who had left is the next one's, for as long as a lease would live: tokens are spent
+        // soon after their charge, or not at all. What nobody can use is lost.
+        if lasts_until(sent, self.lease_time()) > now {
+            serve(cold, &mut spare, Decider::Server);
+        }
         let leased = answers.next().filter(|_| batch.lease > 0);
         if let Some(answer) = leased {
             self.lease(cold, answer, sent, (batch.truth, batch.lease), now);
