@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 import unittest
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,6 +194,14 @@ class Client:
         """Calls a method that answers with many messages: what it returns is iterated, or cancelled."""
         return self._start(self._channel.unary_stream, method, request)
 
+    def session(self, requests: Iterator[dict]) -> grpc.Call:
+        """A session that asks this: what it returns is iterated, or cancelled."""
+        return self._start(
+            self._channel.stream_stream,
+            "Session",
+            (self.request("Session", fields) for fields in requests),
+        )
+
     def refused(self, method: str, request: dict | Message) -> Refusal:
         """Calls a method that must fail."""
         try:
@@ -209,7 +218,7 @@ class Client:
         response = message_factory.GetMessageClass(self.methods[method].output_type)
         stub = kind(
             f"/{self._service}/{method}",
-            request_serializer=type(request).SerializeToString,
+            request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=response.FromString,
         )
         return stub(request, timeout=PATIENCE_SECONDS)

@@ -5,6 +5,8 @@ import subprocess
 
 from fusebox import PATIENCE_SECONDS, ROOT, SERVICE, TOOLS, ServerCase, environment
 
+METHODS = ["Acquire", "AcquireBatch", "Report", "Session", "Watch"]
+
 
 class Grpcurl(ServerCase):
     def grpcurl(self, *arguments: str) -> subprocess.CompletedProcess:
@@ -30,7 +32,7 @@ class Grpcurl(ServerCase):
         self.assertIn(SERVICE, services)
         self.assertIn("grpc.health.v1.Health", services)
         methods = self.printed(self.server.grpc, "list", SERVICE).splitlines()
-        expected = [f"{SERVICE}.{method}" for method in ["Acquire", "AcquireBatch", "Report", "Watch"]]
+        expected = [f"{SERVICE}.{method}" for method in METHODS]
         self.assertEqual(methods, expected)
 
     def test_describe_shows_each_field_with_its_meaning(self):

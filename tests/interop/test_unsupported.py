@@ -1,4 +1,4 @@
-"""No field is ever accepted and ignored: what this build does not have, it refuses by name.
+"""No field is ever accepted and ignored: what a call may not say, it refuses by name.
 
 The fields come from the server's own reflection, so that one added to the proto and forgotten in the
 server fails here.
@@ -16,7 +16,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message import Message
 
-# Fields by message. Every field that is not here is refused when it is set.
+# Fields by message. Every field that is not here is for sessions only, and refused in a call.
 SUPPORTED = {
     "Client": {"id", "service", "zone"},
     "Ask": {"policy", "key", "cost", "lease", "estimated"},
@@ -117,7 +117,7 @@ ACCEPTED = {
 
 
 def refused_fields(message: Message, path: str = ""):
-    """Path, message and descriptor of each field here and below that this build does not have."""
+    """Path, message and descriptor of each field here and below that a call may not set."""
     of = message.DESCRIPTOR.name
     supported = SUPPORTED[of]
     for field in message.DESCRIPTOR.fields:
@@ -176,7 +176,8 @@ class Unsupported(unittest.TestCase):
         cls.client = Client(server.channel)
 
     def test_the_table_covers_every_method(self):
-        self.assertEqual(set(self.client.methods), set(ACCEPTED))
+        # What a session says is what calls do; `test_session` has the rest.
+        self.assertEqual(set(self.client.methods), {*ACCEPTED, "Session"})
         for method, fields in ACCEPTED.items():
             with self.subTest(method):
                 if self.client.methods[method].server_streaming:
@@ -198,7 +199,7 @@ class Unsupported(unittest.TestCase):
 
     def check(self, method, request, path):
         refusal = self.client.refused(method, request)
-        self.assertEqual(refusal.code, "UNIMPLEMENTED")
+        self.assertEqual(refusal.code, "INVALID_ARGUMENT")
         self.assertEqual(refusal.fields(), [path])
         self.assertTrue(refusal.message.startswith(f"{path}: "), refusal.message)
 
@@ -219,7 +220,7 @@ class Unsupported(unittest.TestCase):
             for m, message in enumerate(proto.message_type)
             for f, field in enumerate(message.field)
         }
-        said = {field for field, text in fields.items() if "not supported by this build" in text}
+        said = {field for field, text in fields.items() if "only on a session" in text}
         refused = {
             (message, field)
             for message, field in fields
