@@ -63,7 +63,7 @@ pub enum Since {
     /// It is as it was.
     Same,
     /// Something changed.
-    Changed(Terms),
+    Changed(Box<Terms>),
     /// The policy is there no more.
     Gone,
 }
@@ -151,7 +151,7 @@ impl App {
         if before == (terms.settings.clone(), clients) {
             Since::Same
         } else {
-            Since::Changed(terms)
+            Since::Changed(Box::new(terms))
         }
     }
 

@@ -88,13 +88,8 @@ enum End {
     With(Status),
 }
 
-/// What was made of a request.
-enum Taken {
-    /// It is answered.
-    Answered(Told<Response>),
-    /// It will be.
-    Waits,
-}
+/// What was made of a request: its answer, unless it has to wait.
+type Taken = Option<Told<Response>>;
 
 impl From<Status> for End {
     fn from(status: Status) -> Self {
@@ -262,15 +257,15 @@ impl Session {
                         self.in_use.remove(&former);
                     }
                     self.in_use.insert(id);
-                    Taken::Waits
+                    None
                 })
             }
-            Request::Bind(bind) => self.bind(id, bind).map(Taken::Answered),
+            Request::Bind(bind) => self.bind(id, bind).map(Some),
             Request::Close(_) => Ok(self.close(id, caller)),
         };
-        match taken.unwrap_or_else(|status| Taken::Answered(Err(status))) {
-            Taken::Answered(told) => Ok(Some(self.answer(id, told))),
-            Taken::Waits => Ok(None),
+        match taken.unwrap_or_else(|status| Some(Err(status))) {
+            Some(told) => Ok(Some(self.answer(id, told))),
+            None => Ok(None),
         }
     }
 
@@ -330,7 +325,7 @@ impl Session {
         }
         let answer = on_its_way(at_once(&self.app, caller, wanted)?, &self.app);
         Ok(match answer {
-            Answer::Now(told) => Taken::Answered(acquired(Ok(told))),
+            Answer::Now(told) => Some(acquired(Ok(told))),
             later => self.begin_waiting(id, bytes, async { acquired(answered(later).await) }),
         })
     }
@@ -345,11 +340,11 @@ impl Session {
         let mut told = Box::pin(told);
         let at_once = told.as_mut().poll(&mut Context::from_waker(std::task::Waker::noop()));
         if let Poll::Ready(told) = at_once {
-            return Taken::Answered(told);
+            return Some(told);
         }
         self.in_use.insert(id);
         self.waiting.spawn(async move { (id, told.await, bytes) });
-        Taken::Waits
+        None
     }
 
     /// Binds a number, or ends that.

@@ -59,7 +59,7 @@ impl Bindings {
             let (handle, id) = (*handle, *id);
             let told = match app.since_told(bound) {
                 Since::Same => continue,
-                Since::Changed(terms) => Ok(respond::bound(handle, terms)),
+                Since::Changed(terms) => Ok(respond::bound(handle, *terms)),
                 Since::Gone => Err(status::not_found("policy", &bound.policy, None)),
             };
             self.looking = Some(handle + 1);
