@@ -15,6 +15,8 @@ mod liveness;
 mod reports;
 mod spare;
 mod steward;
+#[cfg(test)]
+mod tests;
 mod truths;
 mod watching;
 
