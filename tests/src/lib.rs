@@ -7,10 +7,12 @@
 mod clock;
 mod journal;
 pub mod panel;
+mod proxy;
 mod server;
 
 pub use self::{
     clock::{Counting, ManualClock},
     journal::Simulated,
+    proxy::{Fault, Proxy},
     server::{PATIENCE, Server, eventually},
 };

@@ -136,7 +136,10 @@ impl<'a> Conversation<'a> {
             let step = tokio::select! {
                 biased;
                 message = from_server.message() => match message {
-                    Ok(Some(response)) => self.hear(response).await,
+                    Ok(Some(response)) => {
+                        self.hear(response).await;
+                        Ok(())
+                    }
                     Ok(None) => Err(Broken::by("the server ended the session")),
                     Err(status) => Err(status.into()),
                 },
@@ -388,10 +391,7 @@ impl<'a> Conversation<'a> {
     }
 
     /// Takes in what the server says.
-    async fn hear(
-        &mut self,
-        SessionResponse { id, response }: SessionResponse,
-    ) -> Result<(), Broken> {
+    async fn hear(&mut self, SessionResponse { id, response }: SessionResponse) {
         let now = self.now();
         self.liveness.heard(now);
         match response {
@@ -421,12 +421,12 @@ impl<'a> Conversation<'a> {
             }
             Some(Response::Closed(_)) if self.close.is_some() => {
                 self.link.say(News::Closed).await;
-                return Err(Broken::by("closed by this client"));
+                // That the stream ends now is no failure, and the task ends with the client.
+                std::future::pending::<()>().await;
             }
             // The latter is of a later version of the server.
             Some(Response::Welcome(_) | Response::Closed(_) | Response::Heartbeat(_)) | None => {}
         }
-        Ok(())
     }
 
     fn answer(&mut self, id: u64, responses: Vec<AcquireResponse>) {

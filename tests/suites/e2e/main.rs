@@ -21,6 +21,7 @@ mod report;
 mod reports_circuits;
 mod requests;
 mod restart;
+mod sdk;
 mod seeing;
 mod session;
 mod several;

@@ -1,0 +1,3 @@
+//! The client that services link, against a whole server.
+
+mod connection;
