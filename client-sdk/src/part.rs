@@ -18,10 +18,13 @@ pub(crate) trait Part: Send + Sync + 'static {
     fn tend(&self, now: Time);
 
     /// Adds what there is to say. Only called if the report before was answered; what is added here is sent until
-    /// it is answered, also over a reconnect, and not asked for again.
+    /// it is answered, also over a reconnect, and not asked for again. Deltas name policy and key, never a handle:
+    /// the session that carries them may be another one.
     fn report(&self, draft: &mut Draft, now: Time);
 
-    /// The answer to a report of which this part may have said something.
+    /// The answer to a report of which this part may have said something. There may be less in it than was said: after
+    /// a restart deltas and renewals are not sent again, and what is too large is answered in pages. A report that the
+    /// server refuses for a mistake is an event, and not told.
     fn reported(&self, response: &v1::ReportResponse, sent: Time);
 
     /// Breakers that it wants to watch. Looked at on each beat; another answer than before begins another Watch.
@@ -42,7 +45,8 @@ pub(crate) trait Part: Send + Sync + 'static {
         let _ = counts;
     }
 
-    /// The client ends: the last report gets all that is held, and nothing is asked for any more.
+    /// The client ends: the last report gets all that is held, and nothing is asked for any more. The draft is this
+    /// part's own, and may have more than [`REPORT_MOST`] of each: it is sent in pages.
     fn close(&self, draft: &mut Draft, now: Time);
 }
 
@@ -51,9 +55,10 @@ pub(crate) trait Part: Send + Sync + 'static {
 pub(crate) enum Link {
     /// No session is up.
     Down,
-    /// One is up again, with the very start of the server of before.
+    /// One is up, with the very start of the server of before; or the first that ever is.
     Resumed,
-    /// One is up, with a later start on the same state: what was held is held, what only memory knew is gone there.
+    /// One is up, with another start on the same state: what was held is held, what only memory knew is gone there. Of
+    /// a report without an answer only outcomes are sent again.
     Restarted,
     /// One is up, with another state: what was held of the other is worth nothing.
     Replaced,

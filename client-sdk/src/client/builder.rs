@@ -257,10 +257,10 @@ impl ClientBuilder {
         }
         short("service", &self.service)?;
         short("zone", &self.zone)?;
-        within("connections", self.connections, CONNECTIONS)?;
-        within("connect_timeout", self.connect_timeout, CONNECT_TIMEOUT)?;
-        within("decide_within", self.decide_within, DECIDE_WITHIN)?;
-        within("keepalive", self.keepalive, KEEPALIVE)
+        within("connections", &self.connections, &CONNECTIONS)?;
+        within("connect_timeout", &self.connect_timeout, &CONNECT_TIMEOUT)?;
+        within("decide_within", &self.decide_within, &DECIDE_WITHIN)?;
+        within("keepalive", &self.keepalive, &KEEPALIVE)
     }
 
     fn id(&self, random: &Random) -> Result<String, BuildError> {
@@ -384,13 +384,13 @@ fn short(option: &'static str, value: &str) -> Result<(), BuildError> {
 
 fn within<T: PartialOrd + fmt::Debug>(
     option: &'static str,
-    value: T,
-    possible: RangeInclusive<T>,
+    value: &T,
+    possible: &RangeInclusive<T>,
 ) -> Result<(), BuildError> {
-    if possible.contains(&value) {
+    if possible.contains(value) {
         return Ok(());
     }
-    let (least, most) = possible.into_inner();
+    let (least, most) = (possible.start(), possible.end());
     let wrong = format!("it is {value:?}, and {least:?} to {most:?} is possible");
     Err(BuildError::Option { option, wrong })
 }

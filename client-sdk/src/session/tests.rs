@@ -11,7 +11,7 @@ use fusebox_proto::v1::{
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::DuplexStream,
-    sync::mpsc::{Receiver, Sender, UnboundedReceiver, UnboundedSender, unbounded_channel},
+    sync::mpsc::{Receiver, Sender, UnboundedSender, unbounded_channel},
     time::{Instant, timeout},
 };
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
@@ -65,6 +65,10 @@ impl Net {
 
     /// A client of these servers.
     fn client(&self, names: &[&str], connections: usize) -> Client {
+        self.seeded(names, connections, 2)
+    }
+
+    fn seeded(&self, names: &[&str], connections: usize, seed: u64) -> Client {
         let clock = Clock::of_the_runtime();
         let runtime = tokio::runtime::Handle::current();
         let events = Arc::new(Mutex::new(Vec::new()));
@@ -95,7 +99,7 @@ impl Net {
         };
         let part = Arc::new(Script::default());
         let parts = vec![Arc::downgrade(&part) as Weak<dyn Part>];
-        wire.start(ends, Arc::downgrade(&context), dialer, parts, &Random::of(2));
+        wire.start(ends, Arc::downgrade(&context), dialer, parts, &Random::of(seed));
         Client { wire, context, part, events }
     }
 }
@@ -287,6 +291,10 @@ fn saying(outcomes: usize, deltas: usize) -> Draft {
     }
 }
 
+fn now() -> Instant {
+    crate::clock::deadline(Duration::ZERO)
+}
+
 /// Returns once `holds` does.
 async fn eventually(holds: impl Fn() -> bool) {
     let held = async {
@@ -349,7 +357,7 @@ impl Resilience for Fake {
 #[tokio::test(start_paused = true)]
 async fn while_nothing_is_up_nobody_waits() {
     let client = Net::default().client(&["a"], 1);
-    let before = Instant::now();
+    let before = now();
     assert!(matches!(client.ask("k").await, Err(Unanswered::Unreachable)));
     assert_eq!(before.elapsed(), Duration::ZERO);
     assert!(!client.wire.is_up());
@@ -454,7 +462,7 @@ async fn a_silent_server_is_given_up_after_three_heartbeats() {
     let client = net.client(&["a"], 1);
     let _silent = Peer::welcomed(&mut sessions, "t", 1).await;
     client.wire.is_connected().await;
-    let since = Instant::now();
+    let since = now();
     let asked = client.ask("k");
     assert!(matches!(asked.await, Err(Unanswered::Unreachable)));
     assert_eq!(since.elapsed().as_secs(), 3);
@@ -468,7 +476,7 @@ async fn a_server_that_speaks_and_does_not_hear_is_given_up() {
     let client = net.client(&["a"], 1);
     let deaf = Peer::welcomed(&mut sessions, "t", 1).await;
     client.wire.is_connected().await;
-    let since = Instant::now();
+    let since = now();
     while client.wire.is_up() {
         let beat = SessionResponse { id: 0, response: Some(Response::Heartbeat(v1::Heartbeat {})) };
         let _ = deaf.responses.send(Ok(beat)).await;
@@ -483,7 +491,7 @@ async fn an_endpoint_that_is_not_there_is_passed_over_at_once() {
     for seed in 0..4 {
         let net = Net::default();
         let mut sessions = net.serve("b");
-        let since = Instant::now();
+        let since = now();
         let names: &[&str] = if seed % 2 == 0 { &["a", "b"] } else { &["b", "a"] };
         let client = net.client(names, 1);
         let _peer = Peer::welcomed(&mut sessions, "t", 1).await;
@@ -503,7 +511,7 @@ async fn a_server_that_drains_is_left_for_another_one_soon() {
     };
     first.welcome("t", 1).await;
     client.wire.is_connected().await;
-    let since = Instant::now();
+    let since = now();
     first.end(Status::unavailable("draining: connect again")).await;
     let _second = Peer::welcomed(other, "t", 1).await;
     eventually(|| client.wire.is_up()).await;
@@ -573,31 +581,39 @@ async fn what_is_urgent_does_not_wait_for_the_beat() {
     client.wire.is_connected().await;
     tokio::time::sleep(Duration::from_millis(160)).await;
     client.part.drafts.lock().push(saying(1, 0));
-    let since = Instant::now();
+    let since = now();
     client.wire.hurry();
     peer.reported().await;
     assert!(since.elapsed() < Duration::from_millis(5), "{:?}", since.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
-async fn another_state_is_not_used_beside_the_first_and_replaces_it_when_that_is_gone() {
-    let net = Net::default();
-    let (mut a, mut b) = (net.serve("a"), net.serve("b"));
-    let client = net.client(&["a", "b"], 2);
-    // Whichever way they go, each is welcomed with the state of its server.
-    let mut peers = Vec::new();
-    let settled = async {
-        loop {
-            tokio::select! {
-                Some(mut peer) = a.recv() => { peer.welcome("state-a", 1).await; peers.push(peer); }
-                Some(mut peer) = b.recv() => { peer.welcome("state-b", 1).await; peers.push(peer); }
+async fn another_state_is_not_used_beside_the_first() {
+    let mut refused = 0;
+    for seed in 0..8 {
+        let net = Net::default();
+        let (mut a, mut b) = (net.serve("a"), net.serve("b"));
+        let client = net.seeded(&["a", "b"], 2, seed);
+        let mut peers = Vec::new();
+        // Whichever way they go, each is welcomed with the state of its server.
+        let welcoming = async {
+            loop {
+                let (mut peer, truth) = tokio::select! {
+                    Some(peer) = a.recv() => (peer, "state-a"),
+                    Some(peer) = b.recv() => (peer, "state-b"),
+                };
+                peer.welcome(truth, 1).await;
+                peers.push(peer);
             }
-        }
-    };
-    let _ = timeout(HEARTBEAT, settled).await;
-    assert!(client.wire.is_up());
-    assert_eq!(client.part.has_heard(), ["Resumed"]);
-    assert_eq!(client.context.telemetry.disconnects.load(Ordering::Relaxed), 0);
+        };
+        let _ = timeout(HEARTBEAT, welcoming).await;
+        refused += client.told("its state is `state-");
+        assert_eq!(client.told("connected { endpoint: \"a\", truth") % 2, 0);
+        assert_eq!(client.told("connected { endpoint: \"b\", truth") % 2, 0);
+        assert_eq!(client.context.telemetry.connects.load(Ordering::Relaxed), 2);
+        assert_eq!(client.part.has_heard(), ["Resumed"]);
+    }
+    assert!(refused > 0, "both went to the same server each time");
 }
 
 #[tokio::test(start_paused = true)]
@@ -758,7 +774,7 @@ async fn who_closes_does_not_wait_for_ever() {
     let client = net.client(&["a"], 1);
     let mut peer = Peer::welcomed(&mut sessions, "t", 1).await;
     client.wire.is_connected().await;
-    let since = Instant::now();
+    let since = now();
     client.wire.close().await;
     assert_eq!(since.elapsed().as_secs(), 3);
     assert!(peer.reported().await.1.goodbye);
@@ -768,7 +784,7 @@ async fn who_closes_does_not_wait_for_ever() {
 #[tokio::test(start_paused = true)]
 async fn who_was_never_connected_closes_at_once() {
     let client = Net::default().client(&["a"], 1);
-    let since = Instant::now();
+    let since = now();
     client.wire.close().await;
     assert!(since.elapsed() < Duration::from_millis(5));
     assert!(client.wire.tasks.tracker.is_empty());
