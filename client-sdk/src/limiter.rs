@@ -15,6 +15,8 @@ mod line;
 mod share;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod tests;
 mod word;
 
 use std::{

@@ -234,7 +234,8 @@ impl Key {
         cold.asking.silent = false;
         let mut waiters = batch.waiters;
         if waiters.len() > 1 {
-            cold.asking.batch = waiters.len() / 2;
+            // Each time by half, and without a pause: the others wait for no fault of theirs.
+            (cold.asking.batch, cold.asking.scarce) = (waiters.len() / 2, false);
             cold.line.put_back(waiters);
             return;
         }
@@ -282,7 +283,7 @@ impl Key {
         cold.asking.batch = if denied > 0 {
             (2 * allowed).clamp(BATCH_LEAST, BATCH_MOST)
         } else {
-            (2 * cold.asking.batch).clamp(BATCH_LEAST, BATCH_MOST)
+            (2 * cold.asking.batch).min(BATCH_MOST)
         };
         // What was given to somebody who had left is the next one's, for as long as a lease would live: tokens are spent
         // soon after their charge, or not at all. What nobody can use is lost.
@@ -293,9 +294,9 @@ impl Key {
         if let Some(answer) = leased {
             self.lease(cold, answer, sent, (batch.truth, batch.lease), now);
         }
-        let lately = |at: Time| at.after(REST_MOST) > now;
-        cold.asking.scarce &= cold.asking.leased.is_some_and(lately);
-        cold.asking.scarce |= denied > 0 && cold.asking.leased.is_some_and(lately);
+        // Where nothing is leased, waiting brings no more than asking at once.
+        let is_leased = cold.asking.leased.is_some_and(|at| at.after(REST_MOST) > now);
+        cold.asking.scarce = is_leased && (cold.asking.scarce || denied > 0);
     }
 
     /// Tells somebody that it may go ahead; tells how many tokens are left over, if it is gone.
