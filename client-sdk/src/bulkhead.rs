@@ -38,16 +38,18 @@ use crate::{
     part::{Draft, Link, Part},
 };
 
-/// Keys of a client that are remembered while nobody holds a permit of them or a handle: there are none; this is how
-/// many there may be in use. Those past it ask by themselves, with a message for each call.
+/// Keys of a client that share what is asked for, while there is a handle or a permit of them. Past it each handle asks
+/// by itself.
 const KEYS_MOST: usize = 100_000;
 
 /// All bulkheads of a client.
 pub(crate) struct Bulkheads {
     shell: Arc<Shell>,
-    /// By policy and key.
-    pools: Mutex<BTreeMap<(Arc<str>, Arc<str>), Arc<Pool>>>,
+    pools: Mutex<Pools>,
 }
+
+/// Pools by policy and key.
+type Pools = BTreeMap<(Arc<str>, Arc<str>), Arc<Pool>>;
 
 impl Bulkheads {
     pub(crate) fn new(context: Arc<Context>) -> Self {

@@ -52,9 +52,12 @@ pub(super) struct Shell {
     pub(super) truth: AtomicU64,
     /// Whether a session was ever up.
     pub(super) was_linked: AtomicBool,
-    /// Permits that are held, by their grants; of each the pool. Those who hold them bound it.
-    pub(super) ledger: Mutex<BTreeMap<String, (Arc<Held>, Arc<Pool>)>>,
+    /// Permits that are held. It has no limit but those who hold them.
+    pub(super) ledger: Mutex<Ledger>,
 }
+
+/// Permits by their grants, and of each the key.
+pub(super) type Ledger = BTreeMap<String, (Arc<Held>, Arc<Pool>)>;
 
 /// One policy and key.
 pub(super) struct Pool {

@@ -52,7 +52,7 @@ async fn a_fleet_has_as_many_as_the_limit_and_one_that_is_dropped_is_free_at_onc
     assert_eq!((denied.reason, denied.decider), (Reason::ConcurrencyLimited, Decider::Server));
     drop(first);
     pass(5).await;
-    other.bulkhead.acquire().await.unwrap();
+    let _third = other.bulkhead.acquire().await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -184,7 +184,7 @@ async fn without_a_server_the_policy_decides() {
         permits.clear();
         lane.set_up(&*part, true);
         assert_eq!(degraded(), 2);
-        bulkhead.acquire().await.unwrap();
+        drop(bulkhead.acquire().await.unwrap());
     }
 }
 

@@ -165,7 +165,8 @@ impl Key {
             return Step::Wait(self.context.decide_within);
         }
         let leases = is_up && self.may_lease(cold) && now >= cold.asking.rests;
-        if !waits && !(cold.refill && leases) {
+        let refills = cold.refill && leases;
+        if !waits && !refills {
             (cold.refill, cold.running) = (false, false);
             return Step::Rest;
         }

@@ -120,3 +120,56 @@ fn share_of(limit: Limit, clients: NonZeroU32) -> Limit {
     };
     shared.unwrap_or(limit)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::bucket;
+
+    fn at(millis: u64) -> Moment {
+        Moment::from_nanos(millis * 1_000_000)
+    }
+
+    fn had(share: &mut Share, limit: Limit, clients: u32, millis: u64) -> usize {
+        let spend = |_: &i32| share.spend(1, &[limit], clients, at(millis)).is_ok();
+        (0..1_000).filter(spend).count()
+    }
+
+    #[test]
+    fn a_share_of_a_bucket_has_its_part_of_the_burst_and_exactly_of_the_rate() {
+        let mut share = Share::default();
+        assert_eq!(had(&mut share, bucket(10), 3, 0), 3);
+        let wait = share.spend(1, &[bucket(10)], 3, at(0)).unwrap_err();
+        assert_eq!(wait, Some(Duration::from_millis(300)));
+        let trickle: usize =
+            (1..=60).map(|second| had(&mut share, bucket(10), 3, second * 500)).sum();
+        assert_eq!(trickle, 100, "in thirty seconds a third of 300");
+    }
+
+    #[test]
+    fn a_share_is_at_least_one_token_and_nothing_of_nothing() {
+        let mut share = Share::default();
+        assert_eq!(had(&mut share, bucket(2), 100, 0), 1);
+        let nothing = TokenBucket::new(0, Duration::from_secs(1), 0).unwrap();
+        assert_eq!(had(&mut Share::default(), Limit::TokenBucket(nothing), 1, 0), 0);
+    }
+
+    #[test]
+    fn a_share_of_a_window_is_its_part_in_each_and_of_several_limits_the_tightest() {
+        let hour = Duration::from_secs(3_600);
+        let fixed = Limit::Window(WindowLimit::fixed(30, hour).unwrap());
+        let sliding = Limit::SlidingWindow(SlidingWindow::new(20, hour).unwrap());
+        assert_eq!(had(&mut Share::default(), fixed, 3, 0), 10);
+        let mut share = Share::default();
+        let spend = |share: &mut Share| share.spend(1, &[fixed, sliding], 2, at(0)).is_ok();
+        assert_eq!((0..100).filter(|_| spend(&mut share)).count(), 10);
+    }
+
+    #[test]
+    fn what_was_spent_stays_so_when_the_clients_become_fewer() {
+        let mut share = Share::default();
+        assert_eq!(had(&mut share, bucket(100), 10, 0), 10);
+        assert_eq!(had(&mut share, bucket(100), 5, 0), 10, "20, of which 10 were spent");
+        assert!(!share.is_full(at(0)) && share.is_full(at(1_000)));
+    }
+}
