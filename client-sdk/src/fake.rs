@@ -87,7 +87,7 @@ impl Server {
         Moment::from_nanos(self.clock.now().as_nanos())
     }
 
-    pub(crate) fn now_for_tests(&self) -> Time {
+    pub(crate) fn now_there(&self) -> Time {
         self.clock.now()
     }
 

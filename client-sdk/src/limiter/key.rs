@@ -96,8 +96,9 @@ struct Hot {
     spending: AtomicUsize,
     /// With so few tokens left the next lease is asked for; 0 if it has been.
     low: AtomicU64,
-    /// Calls that a lease allowed.
-    allowed: AtomicU64,
+    /// Tokens that calls took beyond the first one of each: what was spent less this is how many calls there were. So
+    /// a call that takes one token counts nothing, which would take as long as its decision.
+    beyond: AtomicU64,
     /// By priority.
     denials: [Denial; 3],
     /// Calls that a denial rejected.
@@ -108,6 +109,8 @@ struct Hot {
 #[derive(Default)]
 pub(super) struct Cold {
     leases: [Option<Lease>; 2],
+    /// Tokens that calls spent of leases that are over.
+    spent: u64,
     pub(super) line: Line,
     pub(super) demand: Demand,
     /// Whether a task asks for this key.
@@ -127,6 +130,8 @@ pub(super) struct Cold {
 struct Lease {
     grant_id: String,
     granted: u64,
+    /// Those of it that were put at hand; the others went to who stood in line.
+    put: u64,
     /// Tokens that demand knows of.
     counted: u64,
     /// When it was asked for, and when it expires.
@@ -162,7 +167,9 @@ impl Key {
         let spending = self.hot.spending.load(Ordering::Relaxed) & 1;
         match self.hot.words[spending].take(cost, now) {
             Some(left) => {
-                self.hot.allowed.fetch_add(1, Ordering::Relaxed);
+                if cost > 1 {
+                    self.hot.beyond.fetch_add(cost - 1, Ordering::Relaxed);
+                }
                 if left <= self.hot.low.load(Ordering::Relaxed) {
                     self.runs_low(left, now);
                 }
@@ -178,7 +185,7 @@ impl Key {
         if self.hot.words[spending ^ 1].take(cost, now).is_none() {
             return false;
         }
-        self.hot.allowed.fetch_add(1, Ordering::Relaxed);
+        self.hot.beyond.fetch_add(cost - 1, Ordering::Relaxed);
         let mut cold = self.cold.lock();
         if self.hot.spending.load(Ordering::Relaxed) & 1 == spending {
             self.retire(&mut cold, spending, now);
@@ -327,7 +334,8 @@ impl Key {
         let spending = self.hot.spending.load(Ordering::Relaxed) & 1;
         let free = [spending, spending ^ 1].into_iter().find(|slot| cold.leases[*slot].is_none());
         let now = self.context.clock.now();
-        let lease = Lease { grant_id, granted, counted: granted - left, sent, expires, truth };
+        let counted = granted - left;
+        let lease = Lease { grant_id, granted, put: left, counted, sent, expires, truth };
         match free {
             Some(slot) if left > 0 && expires > now && !self.shell.is_closed() => {
                 self.hot.words[slot].put(left, expires);
@@ -343,6 +351,7 @@ impl Key {
     fn retire(&self, cold: &mut Cold, slot: usize, now: Time) {
         let Some(lease) = cold.leases[slot].take() else { return };
         let left = self.hot.words[slot].clear();
+        cold.spent += lease.put - left;
         let spent = (lease.granted - left).saturating_sub(lease.counted);
         if spent > 0 {
             (cold.used, _) = (now, cold.demand.add(spent, now));
@@ -489,10 +498,9 @@ impl Key {
     pub(super) fn linked(self: &Arc<Self>, is_up: bool, replaced: bool) {
         let mut cold = self.cold.lock();
         if replaced {
-            for (lease, word) in cold.leases.iter_mut().zip(&self.hot.words) {
-                word.clear();
-                *lease = None;
-            }
+            // Counted as any other; nobody is told of their end, since it is another truth.
+            let now = self.context.clock.now();
+            [0, 1].into_iter().for_each(|slot| self.retire(&mut cold, slot, now));
             self.hot.denials.iter().for_each(Denial::forget);
             self.turn(&mut cold);
         }
@@ -522,7 +530,13 @@ impl Key {
     /// Calls that memory decided, and those of them that were rejected.
     pub(super) fn counts(&self) -> (u64, u64) {
         let rejected = self.hot.rejected.load(Ordering::Relaxed);
-        (self.hot.allowed.load(Ordering::Relaxed) + rejected, rejected)
+        let cold = self.cold.lock();
+        let leases = cold.leases.iter().zip(&self.hot.words);
+        let spent = leases.filter_map(|(lease, word)| Some(lease.as_ref()?.put - word.left()));
+        let spent = cold.spent + spent.sum::<u64>();
+        // Of a call at this very moment one may be told without the other.
+        let allowed = spent.saturating_sub(self.hot.beyond.load(Ordering::Relaxed));
+        (allowed + rejected, rejected)
     }
 }
 

@@ -71,13 +71,6 @@ async fn used(clients: u64, demand_percent: u64, max_wait: Duration, latency: (u
     let spent = || fleet.iter().map(Client::spent).sum::<u64>();
     let before = spent();
     time::sleep(Duration::from_secs(10)).await;
-    let shares: Vec<_> = fleet.iter().map(Client::spent).collect();
-    let messages: usize = fleet.iter().map(|one| one.lane.asked.load(Ordering::Relaxed)).sum();
-    let reports: usize = fleet.iter().map(|one| one.lane.reports.load(Ordering::Relaxed)).sum();
-    println!(
-        "{clients} x {demand_percent}% wait {max_wait:?} {latency:?}: {} asks, {reports} reports, shares {shares:?}",
-        messages
-    );
     assert!(spent() <= server.charged());
     let most = fleet.iter().map(|one| one.lane.under_way_most.load(Ordering::Relaxed)).max();
     assert_eq!(most, Some(1), "one message at a time");
@@ -106,15 +99,14 @@ async fn a_late_comer_is_served_within_a_lease_time() {
             let fleet: Vec<_> = (0..9).map(|number| Client::of(&server, number, latency)).collect();
             fleet.iter().for_each(|client| client.demand(200, wait));
             time::sleep(Duration::from_secs(5)).await;
-            let came = server.now_for_tests();
+            let came = server.now_there();
             let late_comer = Client::of(&server, 9, late);
             late_comer.demand(200, wait);
             while late_comer.spent() == 0 {
                 time::sleep(Duration::from_millis(1)).await;
-                let after = millis_since(came, server.now_for_tests());
+                let after = millis_since(came, server.now_there());
                 assert!(after <= 1_000, "not after {after} ms");
             }
-            println!("{:?}", millis_since(came, server.now_for_tests()));
         }
     }
 }
