@@ -11,7 +11,7 @@ use std::{
 
 use fusebox_core::Time;
 use fusebox_proto::v1;
-use hashbrown::{DefaultHashBuilder, HashMap};
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use parking_lot::{Mutex, RwLock};
 
 use super::{
@@ -72,7 +72,7 @@ pub(super) struct Policy {
     home: Arc<Home>,
     own: Arc<OwnSettings>,
     hasher: DefaultHashBuilder,
-    shards: [RwLock<HashMap<Arc<str>, Arc<Circuit>>>; SHARDS],
+    shards: [RwLock<HashTable<Arc<Circuit>>>; SHARDS],
 }
 
 /// What a Watch told.
@@ -145,8 +145,7 @@ impl Breakers {
         if circuits.len() < CIRCUITS_MOST {
             self.shared.fetch_add(usize::from(is_shared), Ordering::Relaxed);
             circuits.push(Arc::clone(&circuit));
-            let key = Arc::clone(&circuit.binding.key);
-            policy.shard(&key).write().insert(key, Arc::clone(&circuit));
+            policy.keep(&circuit);
         }
         circuit
     }
@@ -367,7 +366,14 @@ impl Policy {
     }
 
     fn find(&self, key: &str) -> Option<Arc<Circuit>> {
-        self.shard(key).read().get(key).cloned()
+        let (shard, hash) = self.shard(key);
+        shard.read().find(hash, |circuit| *circuit.binding.key == *key).cloned()
+    }
+
+    fn keep(&self, circuit: &Arc<Circuit>) {
+        let (shard, hash) = self.shard(&circuit.binding.key);
+        let hasher = |one: &Arc<Circuit>| self.hasher.hash_one(&*one.binding.key);
+        shard.write().insert_unique(hash, Arc::clone(circuit), hasher);
     }
 
     fn begin(&self, key: &str) -> Arc<Circuit> {
@@ -392,7 +398,7 @@ impl Policy {
     pub(super) fn is_set(&self, local: Local) -> Result<(), InvalidLocal> {
         self.own.store(Some(Arc::new(local.build()?)));
         for shard in &self.shards {
-            let circuits: Vec<_> = shard.read().values().cloned().collect();
+            let circuits: Vec<_> = shard.read().iter().cloned().collect();
             circuits.iter().for_each(Circuit::is_set);
         }
         Ok(())
@@ -400,13 +406,16 @@ impl Policy {
 
     /// Forgets a circuit, unless somebody holds it; whether it did.
     fn let_go(&self, circuit: &Arc<Circuit>) -> bool {
-        let mut shard = self.shard(&circuit.binding.key).write();
+        let (shard, hash) = self.shard(&circuit.binding.key);
+        let mut shard = shard.write();
         // Here, and in the list of all.
-        let is_held = Arc::strong_count(circuit) > 2;
-        if !is_held {
-            shard.remove(&circuit.binding.key);
+        if Arc::strong_count(circuit) > 2 {
+            return false;
         }
-        !is_held
+        if let Ok(place) = shard.find_entry(hash, |one| Arc::ptr_eq(one, circuit)) {
+            place.remove();
+        }
+        true
     }
 
     /// Whether the server says that it is a breaker.
@@ -415,10 +424,13 @@ impl Policy {
         settings.is_some_and(|settings| matches!(settings.kind, Kind::Breaker(_)))
     }
 
-    fn shard(&self, key: &str) -> &RwLock<HashMap<Arc<str>, Arc<Circuit>>> {
+    /// Where the circuit of a key is.
+    fn shard(&self, key: &str) -> (&RwLock<HashTable<Arc<Circuit>>>, u64) {
+        let hash = self.hasher.hash_one(key);
+        // Neither the lowest bits nor the seven highest, by which a table finds its places.
         #[allow(clippy::cast_possible_truncation)] // below the number of shards
-        let place = (self.hasher.hash_one(key) >> 57) as usize % SHARDS;
-        &self.shards[place]
+        let place = (hash >> 48) as usize % SHARDS;
+        (&self.shards[place], hash)
     }
 }
 

@@ -38,7 +38,7 @@ const NOT_SHARED_FOR: Duration = Duration::from_secs(60);
 
 impl Circuit {
     /// The server is asked for a probe, by one call at a time.
-    pub(in crate::breaker) fn ask(self: &Arc<Self>, inner: &mut Inner, waits: bool) -> Passed {
+    pub(super) fn ask(self: &Arc<Self>, inner: &mut Inner, waits: bool) -> Passed {
         if inner.is_asking || self.home.is_closed() {
             return inner.refuse_by_shared();
         }
@@ -53,7 +53,7 @@ impl Circuit {
     }
 
     /// Waits for the answer: with its caller for as long as that does, then without.
-    pub(in crate::breaker) async fn await_answer(
+    async fn await_answer(
         self: Arc<Self>,
         question: Question,
         waiter: Option<oneshot::Sender<Offer>>,
@@ -76,10 +76,7 @@ impl Circuit {
     }
 
     /// What an answer offers to who waits for it; nothing of none.
-    pub(in crate::breaker) fn answered(
-        self: &Arc<Self>,
-        answer: Result<Answers, Unanswered>,
-    ) -> Option<Offer> {
+    fn answered(self: &Arc<Self>, answer: Result<Answers, Unanswered>) -> Option<Offer> {
         let now = self.home.now();
         let answer = answer.ok().and_then(|all| Some((all.answers.into_iter().next()?, all.sent)));
         let mut changes = Changes::default();
@@ -249,7 +246,7 @@ impl Circuit {
     }
 
     /// The server has no room for it: the local breaker acts alone.
-    pub(in crate::breaker) fn is_not_shared(&self, inner: &mut Inner, now: Time) {
+    fn is_not_shared(&self, inner: &mut Inner, now: Time) {
         inner.not_shared_until = now.after(NOT_SHARED_FOR);
         let change = inner.shared.forget();
         self.take(inner, change, now);
@@ -266,7 +263,7 @@ impl Circuit {
     }
 
     /// Does what follows from news; what was counted is told before.
-    pub(in crate::breaker) fn take(&self, inner: &mut Inner, change: Change, now: Time) -> Changes {
+    fn take(&self, inner: &mut Inner, change: Change, now: Time) -> Changes {
         if change.generation {
             inner.shared_number = inner.shared_number.wrapping_add(1);
             inner.news = News::default();
