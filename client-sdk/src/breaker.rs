@@ -30,7 +30,7 @@ mod tally;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::{pin::Pin, sync::Arc};
 
 use thiserror::Error;
 
@@ -91,6 +91,12 @@ pub enum CallError<E> {
     #[error("{0}")]
     Call(#[source] E),
 }
+
+/// Whether a call was let through.
+type Admitted = Result<Permit, Rejected>;
+
+/// Waits until that is known.
+type Asking = Pin<Box<dyn Future<Output = Admitted> + Send>>;
 
 /// The circuit of one key. Clones are the same.
 #[derive(Clone)]
@@ -159,6 +165,16 @@ impl Breaker {
         try_admit(&self.policy.circuit(key))
     }
 
+    /// As [`admit`](Self::admit), for this key or another, or what to wait for where memory has no answer. For layers,
+    /// whose futures have a name and so cannot hold one that waits.
+    #[inline]
+    pub(crate) fn admit_now(&self, key: Option<&str>) -> Result<Admitted, Asking> {
+        match key {
+            None => admit_now(&self.circuit),
+            Some(key) => admit_now(&self.policy.circuit(key)),
+        }
+    }
+
     /// Makes a call if it is let through; every error is a failure of the target. Dropped meanwhile the call is
     /// abandoned.
     ///
@@ -205,6 +221,17 @@ async fn admit(circuit: &Arc<Circuit>) -> Result<Permit, Rejected> {
     match circuit.admit(true) {
         Decided::Now(decided) => decided,
         Decided::Asked(offer) => circuit.offered(offer).await,
+    }
+}
+
+#[inline]
+fn admit_now(circuit: &Arc<Circuit>) -> Result<Admitted, Asking> {
+    match circuit.admit(true) {
+        Decided::Now(decided) => Ok(decided),
+        Decided::Asked(offer) => {
+            let circuit = Arc::clone(circuit);
+            Err(Box::pin(async move { circuit.offered(offer).await }))
+        }
     }
 }
 

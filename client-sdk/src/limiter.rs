@@ -258,6 +258,17 @@ impl Limiter {
         Ok(Estimate::of(shell, truth, grant_id, cost))
     }
 
+    /// As [`acquire`](Self::acquire), of this key or another, as far as memory goes: `None` where it has no answer. For
+    /// layers, whose futures have a name and so cannot hold one that waits.
+    #[inline]
+    pub(crate) fn acquire_now(&self, key: Option<&str>, cost: u64) -> Option<Result<(), Rejected>> {
+        let waits = self.max_wait > Duration::ZERO;
+        match key {
+            None => self.recall(&self.key, cost, waits),
+            Some(key) => self.recall(&self.limiters.key(&self.family, key), cost, waits),
+        }
+    }
+
     /// What memory says: `None` where it has no answer.
     #[inline]
     fn recall(&self, key: &Arc<Key>, cost: u64, waits: bool) -> Option<Result<(), Rejected>> {

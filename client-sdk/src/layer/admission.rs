@@ -25,17 +25,6 @@ pub(super) enum Admitted<P> {
     No(Rejected),
 }
 
-impl<P> Admitted<P> {
-    /// What memory says; where it says nothing, `ask` does.
-    pub(super) fn by_memory(memory: Result<P, Rejected>, ask: impl FnOnce() -> Asking<P>) -> Self {
-        match memory {
-            Ok(permit) => Self::Now(permit),
-            Err(rejected) if rejected.reason == crate::Reason::Undecided => Self::Asking(ask()),
-            Err(rejected) => Self::No(rejected),
-        }
-    }
-}
-
 pin_project! {
     /// A call that has to be let through first, and then holds a permit. Dropped, it gives up either.
     pub(super) struct Admission<S: Service<R>, R, P> {
@@ -194,15 +183,5 @@ mod tests {
             assert_eq!(rejection(&error).unwrap().reason, Reason::RateLimited);
             assert_eq!(service.calls.load(Ordering::Relaxed), 0);
         }
-    }
-
-    #[test]
-    fn only_what_memory_cannot_decide_is_asked_for() {
-        let ask = || -> Asking<()> { Box::pin(async { Ok(()) }) };
-        let decided = |memory| Admitted::by_memory(memory, ask);
-        assert!(matches!(decided(Ok(())), Admitted::Now(())));
-        let undecided = decided(Err(rejected(Reason::Undecided)));
-        assert!(matches!(undecided, Admitted::Asking(_)));
-        assert!(matches!(decided(Err(rejected(Reason::CircuitOpen))), Admitted::No(_)));
     }
 }

@@ -4,7 +4,7 @@ use tower::{BoxError, Service};
 
 use super::{Classify, ResponseFuture};
 use crate::{
-    breaker::{self, Permit},
+    breaker,
     layer::{
         KeyOf,
         admission::{Admission, Admitted},
@@ -42,18 +42,12 @@ where
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let admitted = match self.key.key_of(&request) {
-            None => admit(&self.breaker),
-            Some(key) => admit(&self.breaker.key(&key)),
+        let admitted = match self.breaker.admit_now(self.key.key_of(&request).as_deref()) {
+            Ok(Ok(permit)) => Admitted::Now(permit),
+            Ok(Err(rejected)) => Admitted::No(rejected),
+            Err(asking) => Admitted::Asking(asking),
         };
         let admission = Admission::new(admitted, &mut self.inner, request);
         ResponseFuture::new(admission, self.classify.clone())
     }
-}
-
-fn admit(breaker: &breaker::Breaker) -> Admitted<Permit> {
-    Admitted::by_memory(breaker.try_admit(), || {
-        let breaker = breaker.clone();
-        Box::pin(async move { breaker.admit().await })
-    })
 }

@@ -43,17 +43,19 @@ where
 
     fn call(&mut self, request: Request) -> Self::Future {
         let cost = self.cost.cost_of(&request);
-        let admitted = match self.key.key_of(&request) {
-            None => admit(&self.limiter, cost),
-            Some(key) => admit(&self.limiter.key(&key), cost),
-        };
+        let key = self.key.key_of(&request);
+        let admitted = admit(&self.limiter, key.as_deref(), cost);
         ResponseFuture::new(Admission::new(admitted, &mut self.inner, request))
     }
 }
 
-fn admit(limiter: &Limiter, cost: u64) -> Admitted<()> {
-    Admitted::by_memory(limiter.try_acquire(cost), || {
-        let limiter = limiter.clone();
-        Box::pin(async move { limiter.acquire(cost).await })
-    })
+fn admit(limiter: &Limiter, key: Option<&str>, cost: u64) -> Admitted<()> {
+    match limiter.acquire_now(key, cost) {
+        Some(Ok(())) => Admitted::Now(()),
+        Some(Err(rejected)) => Admitted::No(rejected),
+        None => {
+            let limiter = key.map_or_else(|| limiter.clone(), |key| limiter.key(key));
+            Admitted::Asking(Box::pin(async move { limiter.acquire(cost).await }))
+        }
+    }
 }
