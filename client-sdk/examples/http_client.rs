@@ -27,11 +27,14 @@ async fn main() -> Result<(), BoxError> {
     let namespace = arguments.next().unwrap_or_else(|| "demo".to_owned());
 
     let client = Client::connect(address.as_str()).namespace(namespace).build()?;
-    for called in run(&client, 6).await? {
-        match called {
-            Called::Answered(status) => println!("answered: {status}"),
-            Called::Rejected(why) => println!("not called: {why}"),
-        }
+    let called = run(&client, 300).await?;
+    let answered = called.iter().filter(|called| matches!(called, Called::Answered(_))).count();
+    println!(
+        "the service was called {answered} times, and then spared {}",
+        called.len() - answered
+    );
+    if let Some(Called::Rejected(why)) = called.last() {
+        println!("{why}");
     }
     client.close().await;
     Ok(())
