@@ -85,7 +85,7 @@ impl<T, E> Classify<T, E> for ErrorsAreFailures {
 #[derive(Debug, Error)]
 pub enum CallError<E> {
     /// The call was not made.
-    #[error(transparent)]
+    #[error("{0}")]
     Rejected(#[from] Rejected),
     /// It was, and this is its error.
     #[error("{0}")]

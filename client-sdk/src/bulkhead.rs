@@ -176,7 +176,7 @@ pub enum OnExpiry {
 #[derive(Clone, Debug, Error)]
 pub enum CallError {
     /// There was no permit, and the call was not made.
-    #[error(transparent)]
+    #[error("{0}")]
     Rejected(#[from] Rejected),
     /// The permit expired, and the call was dropped where it was; what it has done stays done.
     #[error("the permit expired, and the call was cancelled")]

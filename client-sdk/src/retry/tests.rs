@@ -14,6 +14,7 @@ use super::*;
 use crate::{
     Rejected,
     binding::Binding,
+    breaker, bulkhead,
     exchange::{Answer, Answers, Asked, Exchange, Question, Unanswered},
     settings::{Fallback, Settings},
     telemetry::{Event, Telemetry},
@@ -335,6 +336,20 @@ async fn a_rejection_is_never_tried_again() {
         async { Err::<(), _>(Wrapped(rejected())) }
     };
     retry.call(wrapped).await.unwrap_err();
+    assert_eq!(tries.swap(0, Ordering::Relaxed), 1);
+
+    let by_breaker = |_| {
+        count();
+        async { Err::<(), breaker::CallError<io::Error>>(rejected().into()) }
+    };
+    retry.call(by_breaker).await.unwrap_err();
+    assert_eq!(tries.swap(0, Ordering::Relaxed), 1);
+
+    let by_bulkhead = |_| {
+        count();
+        async { Err::<(), bulkhead::CallError>(rejected().into()) }
+    };
+    retry.call(by_bulkhead).await.unwrap_err();
     assert_eq!(tries.swap(0, Ordering::Relaxed), 1);
 
     let boxed = |_| {
