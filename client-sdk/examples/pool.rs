@@ -8,7 +8,7 @@ use std::{env, io, time::Duration};
 use deadpool::managed::{self, Metrics, Pool, PoolError, RecycleError, RecycleResult};
 use fusebox_client::{Bulkhead, Client, Rejected, bulkhead::Permit};
 use thiserror::Error;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::net::TcpStream;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -67,10 +67,10 @@ struct Connection {
 #[derive(Debug, Error)]
 pub enum NotConnected {
     /// The fleet has as many as it may.
-    #[error(transparent)]
+    #[error("{0}")]
     Rejected(#[from] Rejected),
     /// The target cannot be reached.
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] io::Error),
 }
 
@@ -90,7 +90,7 @@ impl managed::Manager for Connections {
         _: &Metrics,
     ) -> RecycleResult<NotConnected> {
         // Somebody else has its permit by now: it is one too many.
-        if timeout(Duration::ZERO, connection.permit.expired()).await.is_ok() {
+        if connection.permit.is_expired() {
             return Err(RecycleError::message("its permit has expired"));
         }
         // A connection that nobody uses has nothing to say: it was closed.

@@ -4,8 +4,4 @@ mod future;
 mod layer;
 mod service;
 
-pub use self::{
-    future::{Outlived, ResponseFuture},
-    layer::BulkheadLayer,
-    service::Bulkhead,
-};
+pub use self::{future::ResponseFuture, layer::BulkheadLayer, service::Bulkhead};

@@ -9,7 +9,8 @@ use tower::{BoxError, Service};
 use super::Classify;
 use crate::{
     breaker::{Permit, Verdict},
-    layer::{admission::Admission, bulkhead::Outlived, rejection, source_of},
+    bulkhead::CallError,
+    layer::{admission::Admission, rejection, source_of},
 };
 
 pin_project! {
@@ -49,7 +50,7 @@ where
 fn verdict<T>(classify: &impl Classify<T>, result: Result<&T, &BoxError>) -> Verdict {
     match result {
         Err(error) if rejection(error).is_some() => Verdict::Ignored,
-        Err(error) if source_of::<Outlived>(&**error).is_some() => Verdict::Ignored,
+        Err(error) if source_of::<CallError>(&**error).is_some() => Verdict::Ignored,
         result => classify.classify(result),
     }
 }
@@ -69,7 +70,7 @@ mod tests {
             decider: Decider::Memory,
             evidence: None,
         };
-        let inner: [BoxError; 2] = [Box::new(rejected), Box::new(Outlived)];
+        let inner: [BoxError; 2] = [Box::new(rejected), Box::new(CallError::Expired)];
         for error in &inner {
             assert_eq!(verdict::<()>(&Errors, Err(error)), Verdict::Ignored, "{error}");
         }

@@ -5,15 +5,12 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use thiserror::Error;
 use tower::{BoxError, Service};
 
-use crate::{bulkhead::Permit, layer::admission::Admission};
-
-/// A call that was ended because its permit had expired.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("the permit of the call expired before it was over")]
-pub struct Outlived;
+use crate::{
+    bulkhead::{CallError, Permit},
+    layer::admission::Admission,
+};
 
 /// What a call holds.
 pub(super) struct Held {
@@ -67,7 +64,7 @@ where
             return Poll::Ready(result);
         }
         match admission.permit().map(|held| held.poll_expired(cx)) {
-            Some(Poll::Ready(())) => Poll::Ready(Err(Box::new(Outlived))),
+            Some(Poll::Ready(())) => Poll::Ready(Err(Box::new(CallError::Expired))),
             _ => Poll::Pending,
         }
     }

@@ -7,7 +7,8 @@ use crate::{bulkhead, layer::OneKey};
 
 /// Holds a permit for as long as a call takes, and rejects those that get none.
 ///
-/// A call is over when its response is there, also if a body follows; or when it is dropped.
+/// A call that outlives its permit goes on, or ends with [`CallError::Expired`](crate::bulkhead::CallError::Expired), as
+/// [`on_expiry`](crate::Bulkhead::on_expiry) says. It is over when its response is there, also if a body follows; or when it is dropped.
 #[derive(Clone)]
 pub struct BulkheadLayer<K = OneKey> {
     bulkhead: bulkhead::Bulkhead,

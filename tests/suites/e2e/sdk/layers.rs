@@ -10,10 +10,10 @@ use std::{
 };
 
 use fusebox_client::{
-    Client, Reason, Timeout,
+    Bulkhead, Client, Reason, Timeout,
     layer::{
-        BoxError, BreakerLayer, RateLimitLayer, ResilienceLayer, RetryLayer, TimeoutLayer,
-        rejection,
+        BoxError, BreakerLayer, BulkheadLayer, RateLimitLayer, ResilienceLayer, RetryLayer,
+        TimeoutLayer, rejection,
     },
     retry::{Again, Backoff, Counts},
 };
@@ -24,6 +24,9 @@ use tower::{Layer, Service, ServiceExt};
 #[path = "../../../../client-sdk/examples/http_client.rs"]
 #[expect(dead_code, reason = "its `main` is for readers")]
 mod http_client;
+#[path = "../../../../client-sdk/examples/pool.rs"]
+#[expect(dead_code, reason = "its `main` is for readers")]
+mod pool;
 #[path = "../../../../client-sdk/examples/tonic_client.rs"]
 #[expect(dead_code, reason = "its `main` is for readers")]
 mod tonic_client;
@@ -228,4 +231,55 @@ async fn a_client_of_http_spares_a_service_that_fails() {
         let http_client::Called::Rejected(why) = spared else { panic!("{spared:?}") };
         assert!(why.contains("the circuit is open"), "{why}");
     }
+}
+
+/// Returns once the permit of a call that was dropped, or has ended, can be had again.
+async fn is_free_again(permits: &Bulkhead) {
+    eventually("the permit is given back", async || permits.acquire().await.is_ok()).await;
+}
+
+#[tokio::test]
+async fn a_call_holds_a_permit_until_it_is_over_or_dropped() {
+    let server = Server::start(CONFIG).await;
+    let client = client(&server).await;
+    let permits = client.bulkhead("connections").key("one").local_limit(1);
+    let finish = Arc::new(tokio::sync::Notify::new());
+    let service = BulkheadLayer::new(permits.clone()).layer(tower::service_fn(|request: u32| {
+        let finish = Arc::clone(&finish);
+        async move {
+            finish.notified().await;
+            Ok::<_, BoxError>(request)
+        }
+    }));
+
+    let (mut first, second) = (Box::pin(service.clone().oneshot(1)), service.clone().oneshot(2));
+    let error = tokio::select! {
+        biased;
+        _ = &mut first => panic!("nobody let it end"),
+        // Only when the first holds its permit is there none for the second.
+        error = async {
+            while permits.acquire().await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+            second.await.unwrap_err()
+        } => error,
+    };
+    assert_eq!(rejection(&error).unwrap().reason, Reason::ConcurrencyLimited);
+
+    finish.notify_one();
+    assert_eq!(first.await.unwrap(), 1);
+    is_free_again(&permits).await;
+
+    let third = tokio::time::timeout(Duration::from_millis(50), service.oneshot(3)).await;
+    assert!(third.is_err(), "nobody let it end");
+    is_free_again(&permits).await;
+}
+
+#[tokio::test]
+async fn two_pools_have_no_more_connections_than_the_fleet_may() {
+    let server = Server::start(CONFIG).await;
+    let client = client(&server).await;
+    let (connections, rejected) = pool::run(&client, &server.grpc.to_string()).await.unwrap();
+    assert_eq!((connections, rejected.reason), (3, Reason::ConcurrencyLimited));
+    is_free_again(&client.bulkhead("connections")).await;
 }
