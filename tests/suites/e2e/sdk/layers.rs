@@ -97,7 +97,7 @@ async fn the_calls_of_one_process_pay_for_the_retries_of_another() {
 
     let calls = Arc::new(AtomicU32::new(0));
     let service = retry(&payer).layer(target(&calls));
-    for _ in 0..29 {
+    for _ in 0..21 {
         assert_eq!(service.clone().oneshot(2).await.unwrap(), 2);
     }
     eventually("the calls are told", async || retries_left(&server).await == 2).await;
