@@ -445,7 +445,7 @@ fn the_local_breaker_counts_calls_of_a_shared_generation_that_has_passed() {
     scene.watch(true, vec![], 3);
     let calls = [breaker.try_admit().unwrap(), breaker.try_admit().unwrap()];
     scene.watch(false, vec![status(CircuitState::Closed, 7)], 3);
-    calls.map(|call| call.failure(""));
+    calls.into_iter().for_each(|call| call.failure(""));
     assert_eq!(breaker.circuit.own().0, Phase::Open);
 }
 
