@@ -105,9 +105,8 @@ impl Bench {
         let events = Arc::<Mutex<Vec<String>>>::default();
         let heard = Arc::clone(&events);
         let observer = move |event: &Event<'_>| heard.lock().push(format!("{event:?}"));
-        let start = tokio::time::Instant::now();
         let retries = Arc::new(Retries::new(Arc::new(Context {
-            clock: Clock::given(move || start.elapsed()),
+            clock: Clock::of_the_runtime(),
             runtime: Handle::current(),
             exchange: Arc::clone(&server) as Arc<_>,
             decide_within: Duration::from_millis(50),
@@ -203,9 +202,9 @@ async fn a_call_that_succeeds_asks_nothing() {
 async fn a_spent_budget_leaves_the_last_error() {
     let bench = Bench::new(Answering::Deny);
     let retry = bench.retry();
-    let before = tokio::time::Instant::now();
+    let clock = Clock::of_the_runtime();
     assert_eq!(failing(&retry).await, 1);
-    assert_eq!(before.elapsed(), Duration::ZERO, "who is denied is not kept");
+    assert_eq!(clock.now(), Time::ZERO, "who is denied is not kept");
     assert_eq!(retry.counts(), Counts { calls: 1, denied: 1, ..Counts::default() });
 }
 
@@ -278,9 +277,9 @@ async fn a_late_answer_delays_a_retry_by_no_more_than_it_may_and_counts_once() {
     let bench = Bench::new(Answering::Late);
     let retry = bench.retry().max_attempts(2);
     let mut attempts = retry.attempts();
-    let before = tokio::time::Instant::now();
+    let clock = Clock::of_the_runtime();
     attempts.again(Again::After(Duration::from_secs(1))).await.unwrap();
-    assert_eq!(before.elapsed(), Duration::from_millis(1_050));
+    assert_eq!(clock.now(), Time::ZERO.after(Duration::from_millis(1_050)));
 
     bench.server.answers.notify_waiters();
     tokio::task::yield_now().await;
@@ -315,9 +314,9 @@ async fn what_is_no_budget_lets_no_retry_through_and_is_told_once() {
 async fn asking_takes_none_of_the_time_that_the_deadline_leaves_for_the_pause() {
     let bench = Bench::new(Answering::Late);
     let mut attempts = bench.retry().deadline(Duration::from_millis(100)).attempts();
-    let before = tokio::time::Instant::now();
+    let clock = Clock::of_the_runtime();
     attempts.again(Again::After(Duration::from_millis(90))).await.unwrap();
-    assert_eq!(before.elapsed(), Duration::from_millis(100));
+    assert_eq!(clock.now(), Time::ZERO.after(Duration::from_millis(100)));
     assert_eq!(attempts.again(Again::Yes).await, Err(GaveUp::Deadline));
 }
 
@@ -371,14 +370,14 @@ async fn a_rejection_is_never_tried_again() {
 
 #[tokio::test(start_paused = true)]
 async fn a_decider_may_try_a_success_again_and_leave_an_error() {
-    let start = tokio::time::Instant::now();
-    let retry = Retry::local_with(Clock::given(move || start.elapsed()), 1);
+    let clock = Clock::of_the_runtime();
+    let retry = Retry::local_with(clock.clone(), 1);
     let not_yet = |result: &Result<u32, ()>| match result {
         Ok(0) => Again::After(Duration::from_secs(3)),
         _ => Again::No,
     };
     assert_eq!(retry.call_with(not_yet, |attempt| async move { Ok(attempt) }).await, Ok(1));
-    assert_eq!(start.elapsed(), Duration::from_secs(3));
+    assert_eq!(clock.now(), Time::ZERO.after(Duration::from_secs(3)));
     assert_eq!(retry.call_with(not_yet, |_| async { Err(()) }).await, Err(()));
     assert_eq!(retry.counts(), Counts { calls: 2, retries: 1, ..Counts::default() });
 }

@@ -182,8 +182,7 @@ mod tests {
     }
 
     fn local() -> Retry {
-        let start = tokio::time::Instant::now();
-        Retry::local_with(Clock::given(move || start.elapsed()), 1)
+        Retry::local_with(Clock::of_the_runtime(), 1)
     }
 
     #[tokio::test(start_paused = true)]
@@ -229,7 +228,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_deadline_ends_a_try_that_is_under_way() {
-        let start = tokio::time::Instant::now();
+        let clock = Clock::of_the_runtime();
         let after = Duration::from_secs(1);
         let policy = (|request: &u32| Some(*request), |_: Result<&(), &BoxError>| Again::Yes);
         let service = ServiceBuilder::new()
@@ -237,6 +236,6 @@ mod tests {
             .service_fn(|_: u32| std::future::pending::<Result<(), BoxError>>());
         let error = service.oneshot(0).await.unwrap_err();
         assert_eq!(error.downcast_ref(), Some(&TimedOut { after }));
-        assert_eq!(start.elapsed(), after);
+        assert_eq!(clock.now(), fusebox_core::Time::ZERO.after(after));
     }
 }

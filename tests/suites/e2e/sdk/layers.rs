@@ -54,14 +54,14 @@ async fn client(server: &Server) -> Client {
     client
 }
 
+type Clones = fn(&u32) -> Option<u32>;
+type Decides = fn(Result<&u32, &BoxError>) -> Again;
+
 /// Retries at once, three tries in all.
-fn retry(
-    client: &Client,
-) -> RetryLayer<(fn(&u32) -> Option<u32>, fn(Result<&u32, &BoxError>) -> Again)> {
+fn retry(client: &Client) -> RetryLayer<(Clones, Decides)> {
     let backoff = Backoff { first: Duration::ZERO, ..Backoff::default() };
-    let clone: fn(&u32) -> Option<u32> = |request| Some(*request);
-    let errors: fn(Result<&u32, &BoxError>) -> Again =
-        |result| if result.is_err() { Again::Yes } else { Again::No };
+    let clone: Clones = |request| Some(*request);
+    let errors: Decides = |result| if result.is_err() { Again::Yes } else { Again::No };
     RetryLayer::new(client.retry("retries").backoff(backoff), (clone, errors))
 }
 
