@@ -21,7 +21,7 @@ use tokio::sync::oneshot;
 
 use self::journal::Write;
 pub use self::{
-    circuits::{Board, Boards, CircuitName, Circuits, Hashed, Locked, Place, Tally},
+    circuits::{Board, Boards, Changes, CircuitName, Circuits, Hashed, Locked, Place, Tally},
     embedded::Embedded,
     recovery::{Operations, Recovered, RecoveryError, Start, recover},
     writer::{Left, Writer},

@@ -16,14 +16,13 @@ use fusebox_core::{
     circuit::{Generation, View},
 };
 use thiserror::Error;
-use tokio::sync::watch;
 
 use super::{App, Caller, Client};
 use crate::{
     clock::ServerClock,
     limits,
     reservation::Reservation,
-    storage::{Board, CircuitName, Circuits, StorageError},
+    storage::{Board, Changes, CircuitName, Circuits, StorageError},
 };
 
 /// What somebody wants to watch.
@@ -98,7 +97,7 @@ pub struct Watch {
     /// Empty is all.
     policies: Vec<String>,
     board: Arc<Board>,
-    changes: watch::Receiver<u64>,
+    changes: Changes,
     arrived: Time,
     /// All up to this version is told; 0 if a snapshot is not complete.
     version: u64,
@@ -206,7 +205,7 @@ impl Watch {
                 biased;
                 () = &mut silence => true,
                 // It ends with the board, which is ours as well.
-                _ = self.changes.changed() => false,
+                () = self.changes.heard() => false,
             };
             self.circuits.check_alive()?;
             let telling = self.since_told();
@@ -227,7 +226,7 @@ impl Watch {
             return Telling { elapsed, version, absent, begins: false, parts: 0..0, names };
         }
         self.version = 0;
-        let version = *self.changes.borrow_and_update();
+        let version = self.board.version();
         let (absent, parts) = (self.circuits.absent(), 0..limits::CIRCUIT_SHARDS);
         Telling { elapsed, version, absent, begins: true, parts, names: Vec::new() }
     }

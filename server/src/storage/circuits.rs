@@ -29,7 +29,7 @@ use prost::Message;
 use tokio::sync::oneshot;
 
 pub use self::{
-    board::{Board, Boards},
+    board::{Board, Boards, Changes},
     tally::Tally,
 };
 use super::{

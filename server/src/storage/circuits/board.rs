@@ -6,11 +6,15 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    sync::Arc,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 use super::CircuitName;
 use crate::limits;
@@ -28,8 +32,17 @@ pub struct Boards {
 /// What changed of a namespace's circuits.
 pub struct Board {
     latest: Mutex<Latest>,
-    /// The version of the latest change.
-    version: watch::Sender<u64>,
+    /// Counts the changes, and the end.
+    words: AtomicU64,
+    /// Wakes who waits in the order in which they came, so that a simulation has them in the same order again.
+    word: Notify,
+}
+
+/// Who waits for changes of a board.
+pub struct Changes {
+    board: Arc<Board>,
+    /// Words that it has heard.
+    heard: u64,
 }
 
 struct Latest {
@@ -68,7 +81,7 @@ impl Boards {
     /// Wakes all who wait for a change, to find that there will be none.
     pub(super) fn end(&self) {
         for board in self.boards.lock().values() {
-            board.version.send_modify(|_| {});
+            board.give_word();
         }
     }
 }
@@ -76,7 +89,7 @@ impl Boards {
 impl Board {
     fn new() -> Self {
         let latest = Latest { version: FIRST, changes: VecDeque::new() };
-        Self { latest: Mutex::new(latest), version: watch::Sender::new(FIRST) }
+        Self { latest: Mutex::new(latest), words: AtomicU64::new(0), word: Notify::new() }
     }
 
     fn tell(&self, name: &Arc<CircuitName>) {
@@ -86,12 +99,23 @@ impl Board {
         }
         latest.changes.push_back(Arc::clone(name));
         latest.version += 1;
-        self.version.send_replace(latest.version);
+        drop(latest);
+        self.give_word();
     }
 
-    /// The version of the latest change, now and whenever there is a later one.
-    pub fn subscribe(&self) -> watch::Receiver<u64> {
-        self.version.subscribe()
+    fn give_word(&self) {
+        self.words.fetch_add(1, Ordering::Release);
+        self.word.notify_waiters();
+    }
+
+    /// What tells of changes from now on.
+    pub fn subscribe(self: &Arc<Self>) -> Changes {
+        Changes { heard: self.words.load(Ordering::Acquire), board: Arc::clone(self) }
+    }
+
+    /// The version of the latest change.
+    pub fn version(&self) -> u64 {
+        self.latest.lock().version
     }
 
     /// What changed after that version, each circuit once, and the version that this leads to; `None` if that is
@@ -104,6 +128,20 @@ impl Board {
         let changes = latest.changes.range(known..);
         let changed = changes.filter(|name| seen.insert(name.cell)).cloned().collect();
         Some((changed, latest.version))
+    }
+}
+
+impl Changes {
+    /// Returns once there was a change, or the end, that this has not told of yet. Dropping it misses none.
+    pub async fn heard(&mut self) {
+        let mut word = pin!(self.board.word.notified());
+        // From here on it hears, so what comes after the look is not missed.
+        word.as_mut().enable();
+        let words = self.board.words.load(Ordering::Acquire);
+        if words == self.heard {
+            word.await;
+        }
+        self.heard = self.board.words.load(Ordering::Acquire);
     }
 }
 
@@ -155,10 +193,12 @@ mod tests {
         let board = boards.of(&"test".into());
         let mut changes = board.subscribe();
         boards.tell(&name(1));
-        changes.changed().await.unwrap();
-        assert_eq!(*changes.borrow_and_update(), 2);
+        changes.heard().await;
+        assert_eq!(board.version(), 2);
         boards.end();
-        changes.changed().await.unwrap();
-        assert_eq!(*changes.borrow_and_update(), 2);
+        changes.heard().await;
+        assert_eq!(board.version(), 2);
+        let again = tokio::time::timeout(std::time::Duration::ZERO, changes.heard()).await;
+        assert!(again.is_err(), "each is told once");
     }
 }
