@@ -63,6 +63,7 @@ impl From<InvalidBreaker> for InvalidSettings {
     }
 }
 
+#[allow(clippy::needless_pass_by_value)] // so that `map_err` takes it as it is
 fn invalid(error: impl ToString) -> InvalidSettings {
     InvalidSettings(error.to_string())
 }
