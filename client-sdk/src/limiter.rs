@@ -27,11 +27,12 @@ use std::{
 
 use fusebox_core::Time;
 use fusebox_proto::v1;
-use tokio::{sync::oneshot, time};
+use tokio::time;
 
 pub use self::estimate::Estimate;
 use self::{
-    key::{Key, Shell},
+    engine::Denied,
+    key::{InLine, Key, Shell},
     keys::{Family, Keys},
     line::Told,
 };
@@ -314,10 +315,10 @@ impl Limiter {
             return Err(reject(Reason::Refused, Decider::Local));
         }
         let until = asked.after(self.max_wait);
-        let Some(told) = key.join(cost, self.priority, estimated, until, asked) else {
+        let Some(line) = key.join(cost, self.priority, estimated, until, asked) else {
             return Err(reject(Reason::LineFull, Decider::Local));
         };
-        match wait(key, told, asked, until).await {
+        match wait(key, line, asked, until).await {
             Told::Allowed { decider, grant_id } => {
                 key.context.telemetry.decided(decider);
                 Ok(grant_id)
@@ -362,7 +363,7 @@ impl fmt::Debug for Limiter {
 }
 
 /// Waits in line until something is told, or the time is over.
-async fn wait(key: &Arc<Key>, mut told: oneshot::Receiver<Told>, asked: Time, until: Time) -> Told {
+async fn wait(key: &Arc<Key>, mut line: InLine, asked: Time, until: Time) -> Told {
     let within = key.context.decide_within;
     // Whose wait is over is told so then, and who is not decided at all when that is.
     let mut next = if until > asked { until.min(asked.after(within)) } else { asked.after(within) };
@@ -375,28 +376,29 @@ async fn wait(key: &Arc<Key>, mut told: oneshot::Receiver<Told>, asked: Time, un
         };
         tokio::select! {
             biased;
-            said = &mut told => return said.unwrap_or(Told::Closed),
+            said = &mut line.told => return said.unwrap_or(Told::Closed),
             () = sleep => {}
         }
-        match key.overdue(asked, until) {
+        match key.overdue(line.denied, asked, until) {
             Ok(later) => next = later,
             Err(over) => {
                 // What was said at this very moment counts.
-                told.close();
-                return told.try_recv().unwrap_or(over);
+                line.told.close();
+                return line.told.try_recv().unwrap_or(over);
             }
         }
     }
 }
 
 impl Key {
-    /// What becomes of somebody in line who was told nothing yet: waits on until then, or is told now.
-    fn overdue(&self, asked: Time, until: Time) -> Result<Time, Told> {
+    /// What becomes of somebody in line who was told nothing yet: waits on until then, or is told now. Who was known
+    /// to be denied when it came is asked for when that is over, so it is denied if its own time is over before.
+    fn overdue(&self, known: Option<Denied>, asked: Time, until: Time) -> Result<Time, Told> {
         let now = self.context.clock.now();
         let within = self.context.decide_within;
         let mut cold = self.cold.lock();
         let asking = &mut cold.asking;
-        let denied = asking.denied.filter(|denied| denied.at >= asked);
+        let denied = asking.denied.filter(|denied| denied.at >= asked).or(known);
         if now >= until
             && let Some(denied) = denied
         {

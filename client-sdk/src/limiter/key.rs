@@ -17,6 +17,7 @@ use super::{
     Priority,
     demand::Demand,
     denial::Denial,
+    engine::Denied,
     line::{Line, Told, Waiter},
     share::Share,
     word::Word,
@@ -223,9 +224,10 @@ impl Key {
         Some(self.rejection(reason, retry_after, Decider::Memory))
     }
 
-    /// Whether that is remembered, of somebody who waits all the same.
-    pub(super) fn is_denied(&self, cost: u64, priority: Priority, now: Time) -> bool {
-        self.hot.denials[priority.index()].of(cost, now).is_some()
+    /// What is remembered of that, for somebody who waits all the same.
+    fn denied(&self, cost: u64, priority: Priority, now: Time) -> Option<Denied> {
+        let (reason, left) = self.hot.denials[priority.index()].of(cost, now)?;
+        Some(Denied { at: now, reason, until: Some(now.after(left)) })
     }
 
     /// A denial of `priority`, and of those below it.
@@ -270,21 +272,27 @@ impl Key {
         estimated: bool,
         until: Time,
         now: Time,
-    ) -> Option<oneshot::Receiver<Told>> {
+    ) -> Option<InLine> {
         let (tell, told) = oneshot::channel();
+        let truth = self.shell.truth.load(Ordering::Relaxed);
+        let denied = if until > now { self.denied(cost, priority, now) } else { None };
+        let is_denied = denied.is_some();
+        let in_line = InLine { told, denied, shell: Arc::clone(&self.shell), truth };
         let mut cold = self.cold.lock();
         cold.used = now;
         cold.demand.add(cost, now);
         if self.is_gone(&cold) {
             drop(cold);
             let _ = tell.send(Told::Unreachable);
-            return Some(told);
+            return Some(in_line);
         }
-        let denied = until > now && self.is_denied(cost, priority, now);
-        cold.line.join(Waiter { cost, priority, estimated, until, denied, tell }).ok()?;
-        self.run(&mut cold);
+        let waiter = Waiter { cost, priority, estimated, until, denied: is_denied, tell };
+        let joined = cold.line.join(waiter);
+        if joined.is_ok() {
+            self.run(&mut cold);
+        }
         drop(cold);
-        Some(told)
+        joined.ok().map(|()| in_line)
     }
 
     /// A caller that did not wait wanted as much.
@@ -537,6 +545,26 @@ impl Key {
         // Of a call at this very moment one may be told without the other.
         let allowed = spent.saturating_sub(self.hot.beyond.load(Ordering::Relaxed));
         (allowed + rejected, rejected)
+    }
+}
+
+/// A place in the line. An estimate that is told to somebody who has left is given back.
+pub(super) struct InLine {
+    pub(super) told: oneshot::Receiver<Told>,
+    /// As which it was known to be denied when it came.
+    pub(super) denied: Option<Denied>,
+    shell: Arc<Shell>,
+    truth: u64,
+}
+
+impl Drop for InLine {
+    fn drop(&mut self) {
+        self.told.close();
+        if let Ok(Told::Allowed { grant_id, .. }) = self.told.try_recv() {
+            let actual_cost = Some(0);
+            let outcome = v1::GrantOutcome { grant_id, actual_cost, ..v1::GrantOutcome::default() };
+            self.shell.settle(self.truth, outcome);
+        }
     }
 }
 

@@ -231,3 +231,37 @@ async fn a_client_that_closes_gives_back_what_it_did_not_spend() {
     assert_eq!(fixture.limiter.try_acquire(1).unwrap_err().reason, Reason::Closed);
     fixture.limiter.acquire(0).await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_while_it_is_denied_and_waits_in_vain_is_denied_and_not_decided_alone() {
+    let fixture = fixture(bucket(10), OnUnreachable::Allow);
+    fixture.limiter.acquire(10).await.unwrap();
+    assert_eq!(fixture.limiter.acquire(10).await.unwrap_err().reason, Reason::RateLimited);
+    for wait in [1, 60, 120] {
+        let waits = fixture.limiter.clone().max_wait(Duration::from_millis(wait));
+        let decided = waits.acquire(10).await.map_err(|denied| denied.reason);
+        assert_eq!(decided, Err(Reason::RateLimited), "waited {wait} ms");
+    }
+    assert_eq!(fixture.server.charged(), 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_estimate_that_arrives_as_its_caller_leaves_is_given_back() {
+    let fixture = fixture(bucket(1_000), OnUnreachable::Deny);
+    let mut asking = Box::pin(fixture.limiter.estimate(500));
+    assert!(is_pending(&mut asking).await);
+    // The answer is told, and nobody has looked at it.
+    pass(3).await;
+    assert!(fixture.server.charged() >= 500);
+    drop(asking);
+    pass(2_500).await;
+    assert_eq!((fixture.server.charged(), fixture.server.grants()), (0, 0));
+}
+
+/// Looks once at what is waited for; whether it is still waited for.
+async fn is_pending<F: Future + Unpin>(future: &mut F) -> bool {
+    std::future::poll_fn(|cx| {
+        std::task::Poll::Ready(std::pin::Pin::new(&mut *future).poll(cx).is_pending())
+    })
+    .await
+}
