@@ -80,6 +80,8 @@ pub(crate) struct Answer {
     pub(crate) allowed: bool,
     /// Empty where nothing is owed.
     pub(crate) grant_id: String,
+    /// How long it stood in line, of an answer that repeats another one as that did.
+    pub(crate) waited: Duration,
     pub(crate) verdict: v1::Verdict,
 }
 

@@ -50,7 +50,8 @@ struct State {
     cells: HashMap<String, Cell>,
     lessees: HashMap<String, BTreeMap<usize, Time>>,
     grants: BTreeMap<String, Grant>,
-    answered: HashMap<String, Answer>,
+    /// Answers by the id of their request, and what else was asked under it.
+    answered: HashMap<String, (Option<Duration>, Answer)>,
     numbers: u64,
     /// Tokens that were charged, less what came back.
     charged: u64,
@@ -108,7 +109,7 @@ impl Server {
         let now = self.now();
         self.expire(state, now);
         if let Some(answer) = state.answered.get(&question.request_id) {
-            return answer.clone();
+            return answer.1.clone();
         }
         let key = question.binding.key.to_string();
         let purpose = if question.estimated { Purpose::Estimate } else { Purpose::Spend };
@@ -148,11 +149,20 @@ impl Server {
             expires_in: held.map(|(_, _, life)| life.try_into().unwrap()),
             ..v1::Verdict::default()
         };
-        let answer = Answer { allowed: decision.allowed, grant_id, verdict };
+        let answer =
+            Answer { allowed: decision.allowed, grant_id, waited: Duration::ZERO, verdict };
         if !question.request_id.is_empty() && answer.allowed {
-            state.answered.insert(question.request_id.clone(), answer.clone());
+            let remembered = (question.max_wait, answer.clone());
+            state.answered.insert(question.request_id.clone(), remembered);
         }
         answer
+    }
+
+    /// Whether another question was asked under its id.
+    fn differs(&self, question: &Question) -> bool {
+        let state = self.state.lock();
+        let answered = state.answered.get(&question.request_id);
+        answered.is_some_and(|(max_wait, _)| *max_wait != question.max_wait)
     }
 
     fn charge(&self, state: &mut State, key: &str, ask: Ask, now: Moment) -> Decision {
@@ -423,9 +433,13 @@ impl Exchange for Lane {
             let answers = if questions.iter().any(|question| question.cost > most) {
                 let message = "never possible".into();
                 Err(Unanswered::Refused { code: tonic::Code::InvalidArgument, message })
+            } else if questions.iter().any(|question| lane.server.differs(question)) {
+                let message = "other content under the same id".into();
+                Err(Unanswered::Refused { code: tonic::Code::InvalidArgument, message })
             } else {
                 let max_wait = questions[0].max_wait.unwrap_or_default();
-                let until = lane.now().after(max_wait);
+                let entered = lane.now();
+                let until = entered.after(max_wait);
                 let mut answers: Vec<_>;
                 loop {
                     let decide = |question| lane.server.decide(lane.client, question);
@@ -435,6 +449,7 @@ impl Exchange for Lane {
                     }
                     time::sleep(Duration::from_millis(1)).await;
                 }
+                answers[0].waited = Duration::from_nanos(lane.now().nanos_since(entered));
                 Ok(Answers { sent, answers })
             };
             lane.travel().await;

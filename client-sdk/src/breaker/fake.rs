@@ -244,7 +244,7 @@ pub(super) fn probe(generation: u64) -> Answer {
         expires_in: wire(SECOND * 10),
         ..v1::Verdict::default()
     };
-    Answer { allowed: true, grant_id: "grant".to_owned(), verdict }
+    Answer { allowed: true, grant_id: "grant".to_owned(), waited: Duration::ZERO, verdict }
 }
 
 /// Leave to go through a closed circuit.
@@ -256,7 +256,7 @@ pub(super) fn allowed(state: v1::CircuitState, reason: v1::Reason, generation: u
         generation,
         ..v1::Verdict::default()
     };
-    Answer { allowed: true, grant_id: String::new(), verdict }
+    Answer { allowed: true, grant_id: String::new(), waited: Duration::ZERO, verdict }
 }
 
 /// A denial.
@@ -274,5 +274,5 @@ pub(super) fn denied(
         retry_after: wire(retry_after),
         ..v1::Verdict::default()
     };
-    Answer { allowed: false, grant_id: String::new(), verdict }
+    Answer { allowed: false, grant_id: String::new(), waited: Duration::ZERO, verdict }
 }

@@ -99,6 +99,11 @@ struct Waiter {
     denied: bool,
     /// Under which it is asked for, and asked for again if a session breaks: so it is charged once.
     request_id: String,
+    /// How long it was to stand in the server's line when it was asked for under that id: so it is when it is asked
+    /// for again, or it would be another question.
+    stood_for: Option<Duration>,
+    /// It was asked for under that id before.
+    repeats: bool,
     tell: oneshot::Sender<Told>,
 }
 
@@ -209,11 +214,11 @@ impl Pool {
             return Err(Told::Denied(Reason::LineFull, None, Decider::Local));
         }
         let (tell, told) = oneshot::channel();
-        let random = &self.context.random;
-        let request_id = format!("{:016x}{:016x}", random.next(), random.next());
+        let request_id = self.request_id();
         // Behind those who wait there is nothing to be had.
         let denied = waits && cold.line.iter().any(|waiter| waiter.denied);
-        cold.line.push_back(Waiter { until, denied, request_id, tell });
+        let waiter = Waiter { until, denied, request_id, stood_for: None, repeats: false, tell };
+        cold.line.push_back(waiter);
         self.run(&mut cold);
         drop(cold);
         Ok(Awaiting(told, Arc::clone(self)))
@@ -308,19 +313,11 @@ impl Pool {
             cold.since = Some(now);
             return Step::Ask { waiters, max_wait: None, truth };
         }
-        let Some(head) = cold.line.pop_front() else { return Step::Rest };
-        // A permit's life counts from sending, so waiting must not use it up.
-        let wait = Duration::from_nanos(head.until.nanos_since(now));
-        let max_wait = wait.min(MAX_WAIT_MOST).min(self.ttl() / 2);
+        let Some(mut head) = cold.line.pop_front() else { return Step::Rest };
+        let wait = Duration::from_nanos(head.until.nanos_since(now)).min(MAX_WAIT_MOST);
+        let max_wait = *head.stood_for.get_or_insert(wait);
         cold.stands = true;
         Step::Ask { waiters: vec![head], max_wait: Some(max_wait), truth }
-    }
-
-    fn ttl(&self) -> Duration {
-        match self.binding.settings().map(|settings| settings.kind.clone()) {
-            Some(Kind::Concurrency(permits)) => permits.ttl(),
-            _ => MAX_WAIT_MOST,
-        }
     }
 
     fn answered(
@@ -343,6 +340,7 @@ impl Pool {
             // Under the same ids it is asked for again, once a session is up, by those who still wait then.
             Ok(_) | Err(Unanswered::Unreachable) => {
                 cold.rests = now.after(AGAIN_AFTER);
+                waiters.iter_mut().for_each(|waiter| waiter.repeats = true);
                 put_back(&mut cold.line, &mut waiters);
             }
             Err(Unanswered::Refused { code, message }) => {
@@ -385,7 +383,17 @@ impl Pool {
             match answers.next() {
                 None => drop(waiter.tell.send(Told::Unreachable)),
                 Some(answer) if answer.allowed => {
-                    let held = self.hold(cold, answer, truth, sent);
+                    // What repeats an answer may tell of a wait before it was sent.
+                    let waited = if waiter.repeats { Duration::ZERO } else { answer.waited };
+                    let granted = lasts_until(sent, waited).min(now);
+                    let held = self.hold(cold, answer, truth, granted);
+                    if held.is_expired(now) {
+                        // It was too long on its way, and is not used.
+                        self.give_back(cold, Some(&held));
+                        cold.rests = now.after(AGAIN_AFTER);
+                        waiting.push(self.anew(waiter));
+                        continue;
+                    }
                     if let Err(Told::Allowed(held)) = waiter.tell.send(Told::Allowed(held)) {
                         spare.push(held);
                     }
@@ -393,10 +401,7 @@ impl Pool {
                 Some(answer) => {
                     cold.denied_at = Some(now);
                     if waiter.until > now && !waiter.tell.is_closed() {
-                        // Asked for anew, it is another question.
-                        let random = &self.context.random;
-                        let request_id = format!("{:016x}{:016x}", random.next(), random.next());
-                        waiting.push(Waiter { denied: true, request_id, ..waiter });
+                        waiting.push(Waiter { denied: true, ..self.anew(waiter) });
                         continue;
                     }
                     let reason = Reason::of(answer.verdict.reason);
@@ -410,6 +415,17 @@ impl Pool {
         for held in spare {
             self.pass_on(cold, held);
         }
+    }
+
+    /// Asked for anew, it is another question.
+    fn anew(&self, waiter: Waiter) -> Waiter {
+        let request_id = self.request_id();
+        Waiter { request_id, stood_for: None, repeats: false, ..waiter }
+    }
+
+    fn request_id(&self) -> String {
+        let random = &self.context.random;
+        format!("{:016x}{:016x}", random.next(), random.next())
     }
 
     fn pass_on(&self, cold: &mut Cold, mut held: Arc<Held>) {
@@ -429,15 +445,15 @@ impl Pool {
         cold: &mut Cold,
         answer: Answer,
         truth: u64,
-        sent: Time,
+        granted: Time,
     ) -> Arc<Held> {
         let life = duration(answer.verdict.expires_in).unwrap_or_default();
-        let expires = lasts_until(sent, life);
-        let held = Arc::new(Held::new(answer.grant_id, truth, sent, expires));
+        let expires = lasts_until(granted, life);
+        let held = Arc::new(Held::new(answer.grant_id, truth, granted, expires));
         cold.held += 1;
         // A policy that only watches gives no grant, and nothing to renew: such a permit is in no ledger.
         if held.grant_id.is_empty() {
-            held.lives(sent, Time::from_nanos(u64::MAX));
+            held.lives(granted, Time::from_nanos(u64::MAX));
         } else {
             let entry = (Arc::clone(&held), Arc::clone(self));
             self.shell.ledger.lock().insert(held.grant_id.clone(), entry);

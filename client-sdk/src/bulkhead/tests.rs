@@ -214,3 +214,32 @@ async fn a_closed_client_gives_no_permits() {
     assert_eq!(fixture.bulkhead.acquire().await.unwrap_err().reason, Reason::Closed);
     assert!(waits.await.unwrap().is_err());
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_was_granted_in_line_and_lost_with_its_session_is_had_again_and_charged_once() {
+    let fixture = fixture(1, OnUnreachable::Deny);
+    let permit = fixture.bulkhead.acquire().await.unwrap();
+    let waits = fixture.waiting();
+    let waits = tokio::spawn(async move { waits.acquire().await });
+    pass(100).await;
+    fixture.lane.loses.store(1, Ordering::Relaxed);
+    drop(permit);
+    let _permit = waits.await.unwrap().unwrap();
+    assert_eq!(fixture.server.grants(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_longer_than_a_permit_lives_stands_in_line_all_the_time() {
+    let fixture = fixture(1, OnUnreachable::Deny);
+    let permit = fixture.bulkhead.acquire().await.unwrap();
+    let waits = fixture.bulkhead.clone().max_wait(TTL * 3);
+    let waits = tokio::spawn(async move { waits.acquire().await });
+    pass(7_500).await;
+    assert_eq!(fixture.lane.asked.load(Ordering::Relaxed), 3, "it lost its place in line");
+    drop(permit);
+    let permit = waits.await.unwrap().unwrap();
+    pass(1).await;
+    assert!(!permit.is_expired());
+    pass(20_000).await;
+    assert!(!permit.is_expired() && fixture.server.grants() == 1);
+}

@@ -49,7 +49,8 @@ impl Exchange for Server {
         let (answering, answers) = (*self.answering.lock(), Arc::clone(&self.answers));
         let answer = |allowed| {
             let verdict = v1::Verdict::default();
-            let answer = Answer { allowed, grant_id: String::new(), verdict };
+            let answer =
+                Answer { allowed, grant_id: String::new(), waited: Duration::ZERO, verdict };
             Ok(Answers { sent: Time::ZERO, answers: vec![answer] })
         };
         Box::pin(async move {

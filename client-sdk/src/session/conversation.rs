@@ -534,7 +534,8 @@ fn parse(response: AcquireResponse) -> Option<Answer> {
         v1::Decision::Unspecified => return None,
     };
     let verdict = response.verdicts.into_iter().next()?;
-    Some(Answer { allowed, grant_id: response.grant_id, verdict })
+    let waited = duration(response.waited).unwrap_or_default();
+    Some(Answer { allowed, grant_id: response.grant_id, waited, verdict })
 }
 
 /// What a refusal means: of some codes nobody knows whether the server did something.
