@@ -83,6 +83,21 @@ impl Reports {
         }
     }
 
+    /// The one under way is refused for a mistake somewhere in it, and nothing of it counted. It is said again in two
+    /// halves, so that what is wrong takes nothing along; tells whether it could be halved, else it is dropped.
+    pub(crate) fn is_refused(&mut self) -> bool {
+        if self.under_way.take().is_none() {
+            return false;
+        }
+        let Some(mut page) = self.pages.pop_front() else { return false };
+        let Some(rest) = halve(&mut page) else { return false };
+        // Other reports than before, so under numbers of their own.
+        page.sequence = 0;
+        self.pages.push_front(rest);
+        self.pages.push_front(page);
+        true
+    }
+
     /// The server is too busy for the one under way: it is sent again after a while.
     pub(crate) fn is_put_off(&mut self, now: Time) {
         self.under_way = None;
@@ -136,6 +151,26 @@ fn cut(page: &mut ReportRequest) -> Option<ReportRequest> {
         renew_grant_ids: page.renew_grant_ids.split_off(keep.min(page.renew_grant_ids.len())),
         ..Default::default()
     })
+}
+
+/// Cuts off half of a report, if there is more than one thing in it: counts first, which name what may be gone.
+fn halve(page: &mut ReportRequest) -> Option<ReportRequest> {
+    let (outcomes, renewals) = (page.outcomes.len(), page.renew_grant_ids.len());
+    let settles = outcomes + renewals > 0;
+    let mut rest = ReportRequest { goodbye: page.goodbye, ..Default::default() };
+    if settles && !page.deltas.is_empty() {
+        rest.deltas = mem::take(&mut page.deltas);
+    } else if outcomes > 0 && renewals > 0 {
+        rest.renew_grant_ids = mem::take(&mut page.renew_grant_ids);
+    } else if outcomes + renewals + page.deltas.len() > 1 {
+        rest.outcomes = page.outcomes.split_off(outcomes.div_ceil(2));
+        rest.renew_grant_ids = page.renew_grant_ids.split_off(renewals.div_ceil(2));
+        rest.deltas = page.deltas.split_off(page.deltas.len().div_ceil(2));
+    } else if !page.goodbye || outcomes + renewals + page.deltas.len() == 0 {
+        return None;
+    }
+    page.goodbye = false;
+    Some(rest)
 }
 
 #[cfg(test)]
@@ -250,6 +285,32 @@ mod tests {
             reports.is_answered();
         }
         assert_eq!(deltas, 1000);
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_report_takes_nothing_along() {
+        let bad = CircuitDelta { policy: "gone".into(), ..Default::default() };
+        let mut reports = with(Draft { deltas: vec![bad.clone()], ..draft(900, 0, 3) });
+        reports.pages[0].deltas.splice(0..0, vec![CircuitDelta::default(); 998]);
+        reports.pages[0].deltas.push(CircuitDelta::default());
+        reports.add_goodbye();
+        let (mut told, mut dropped, mut said, mut last) = ((0, 0, 0), 0, 0, 0);
+        while let Some(page) = reports.next(NOW) {
+            said += 1;
+            assert!(page.sequence > last, "a number of its own");
+            last = page.sequence;
+            if page.deltas.contains(&bad) {
+                dropped += u32::from(!reports.is_refused());
+                continue;
+            }
+            told.0 += page.outcomes.len();
+            told.1 += page.deltas.len();
+            told.2 += page.renew_grant_ids.len();
+            assert_eq!(page.goodbye, reports.pages.len() == 1);
+            reports.is_answered();
+        }
+        assert_eq!((told, dropped), ((900, 999, 3), 1));
+        assert!(said < 30, "{said} reports");
     }
 
     #[test]

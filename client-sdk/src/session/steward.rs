@@ -53,6 +53,8 @@ pub(super) struct Steward {
     watching: Watching,
     /// Whether parts are to be asked for a report as soon as one can be sent.
     report_due: bool,
+    /// Why a report was refused last.
+    mistake: Option<(Code, String)>,
     is_closing: bool,
     closed: bool,
     sweep_at: Time,
@@ -78,6 +80,7 @@ impl Steward {
             reports: Reports::default(),
             watching: Watching::default(),
             report_due: false,
+            mistake: None,
             is_closing: false,
             closed: false,
             sweep_at: now.after(SWEEP),
@@ -267,9 +270,19 @@ impl Steward {
                 | Code::Aborted
         ) {
             self.reports.is_put_off(now);
-        } else {
-            self.reports.is_answered();
+            return;
+        }
+        let is_in_it =
+            matches!(code, Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition);
+        if is_in_it && self.reports.is_refused() {
+            return;
+        }
+        self.reports.is_answered();
+        // One policy that is gone may have many keys.
+        let is_news = self.mistake.as_ref().is_none_or(|known| *known != (code, message.into()));
+        if is_news {
             self.refused(code, message);
+            self.mistake = Some((code, message.into()));
         }
     }
 

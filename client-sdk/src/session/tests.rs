@@ -573,6 +573,30 @@ async fn a_report_that_is_refused_is_said_to_be_and_does_not_stop_the_next() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_mistake_in_a_report_is_found_and_said_once_and_all_else_is_told() {
+    let net = Net::default();
+    let mut sessions = net.serve("a");
+    let client = net.client(&["a"], 1);
+    let mut peer = Peer::welcomed(&mut sessions, "t", 1).await;
+    client.part.drafts.lock().push(saying(2, 2));
+    let mut told = 0;
+    while told < 2 {
+        let (id, report) = peer.reported().await;
+        if report.deltas.is_empty() {
+            told += report.outcomes.len();
+            peer.tell(id, Response::Report(v1::ReportResponse::default())).await;
+        } else {
+            peer.refuse(id, Code::NotFound).await;
+        }
+    }
+    for _ in 0..3 {
+        let (id, _) = peer.reported().await;
+        peer.refuse(id, Code::NotFound).await;
+    }
+    eventually(|| client.told("refused") == 1).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_urgent_does_not_wait_for_the_beat() {
     let net = Net::default();
     let mut sessions = net.serve("a");
