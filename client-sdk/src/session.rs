@@ -169,14 +169,22 @@ impl Wire {
                 commands: commanded,
                 tell: tell.clone(),
             };
-            self.tasks.spawn(link.run());
+            let ends_all = self.ends_all(false);
+            self.tasks.spawn(async move {
+                let _ends_all = ends_all;
+                link.run().await;
+            });
         }
         let steward = Steward::new(Arc::clone(&self.shared), parts, commands, told);
-        let end = self.tasks.end.clone();
+        let ends_all = self.ends_all(true);
         self.tasks.spawn(async move {
+            let _ends_all = ends_all;
             steward.run().await;
-            end.cancel();
         });
+    }
+
+    fn ends_all(&self, always: bool) -> EndsAll {
+        EndsAll { always, shared: Arc::clone(&self.shared), end: self.tasks.end.clone() }
     }
 
     /// Returns when a session is up.
@@ -192,6 +200,30 @@ impl Wire {
         self.tasks.end.cancelled().await;
         self.tasks.tracker.close();
         let _ = tokio::time::timeout(END_WITHIN, self.tasks.tracker.wait()).await;
+    }
+}
+
+/// Ends all of a client with one of its tasks: at the latest when that panics. A client that lacks one would neither
+/// hear nor be heard, and not know it; one that has ended is decided as without a server.
+struct EndsAll {
+    /// Also if it ends well.
+    always: bool,
+    shared: Arc<Shared>,
+    end: CancellationToken,
+}
+
+impl Drop for EndsAll {
+    fn drop(&mut self) {
+        let panics = std::thread::panicking();
+        if panics {
+            tracing::error!("a task of the client panicked, which ends it");
+        }
+        if panics || self.always {
+            self.shared.is_closing.store(true, Ordering::Release);
+            self.shared.up.store(0, Ordering::Release);
+            self.shared.is_up.send_replace(false);
+            self.end.cancel();
+        }
     }
 }
 

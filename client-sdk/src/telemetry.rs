@@ -1,6 +1,7 @@
 //! What a client tells of itself: counters, events of `tracing`, and an observer for your own.
 
 use std::{
+    panic::{self, AssertUnwindSafe},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -11,7 +12,7 @@ use std::{
 use crate::{Decider, Reason};
 
 /// Hears what happens to a client. Called from its tasks and, of decisions that are not [`Decider::Memory`], from the
-/// calls themselves: it must not block.
+/// calls themselves: it must not block. If it panics, that is logged and goes no further.
 pub trait Observer: Send + Sync + 'static {
     /// Something happened.
     fn observe(&self, event: &Event<'_>);
@@ -171,8 +172,11 @@ impl Telemetry {
             }
             Event::Dropped { what, count } => tracing::warn!(what, count, "dropped"),
         }
-        if let Some(observer) = &self.observer {
-            observer.observe(event);
+        let Some(observer) = &self.observer else { return };
+        // What it does is the user's: a client must not end by it.
+        let observed = panic::catch_unwind(AssertUnwindSafe(|| observer.observe(event)));
+        if observed.is_err() {
+            tracing::error!(?event, "the observer panicked");
         }
     }
 
@@ -191,5 +195,17 @@ impl Telemetry {
     pub(crate) fn rejected(&self, decider: Decider, _reason: Reason) {
         self.decided(decider);
         self.rejected.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_observer_that_panics_takes_nobody_along() {
+        let observer = |_: &Event<'_>| panic!("as observers do");
+        let telemetry = Telemetry { observer: Some(Arc::new(observer)), ..Telemetry::default() };
+        telemetry.tell(&Event::Dropped { what: "nothing", count: 0 });
     }
 }

@@ -129,6 +129,7 @@ struct Script {
     last: Mutex<Option<Draft>>,
     watches: Mutex<Vec<Arc<str>>>,
     heard: Mutex<Vec<String>>,
+    panics: AtomicBool,
 }
 
 impl Script {
@@ -138,7 +139,9 @@ impl Script {
 }
 
 impl Part for Script {
-    fn tend(&self, _now: Time) {}
+    fn tend(&self, _now: Time) {
+        assert!(!self.panics.load(Ordering::Relaxed), "as it was told to");
+    }
 
     fn report(&self, draft: &mut Draft, _now: Time) {
         if let Some(next) = self.drafts.lock().pop() {
@@ -812,6 +815,20 @@ async fn who_was_never_connected_closes_at_once() {
     client.wire.close().await;
     assert!(since.elapsed() < Duration::from_millis(5));
     assert!(client.wire.tasks.tracker.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_whose_steward_panics_ends_and_decides_as_without_a_server() {
+    let net = Net::default();
+    let mut sessions = net.serve("a");
+    let client = net.client(&["a"], 1);
+    let mut peer = Peer::welcomed(&mut sessions, "t", 1).await;
+    client.wire.is_connected().await;
+    client.part.panics.store(true, Ordering::Relaxed);
+    eventually(|| !client.wire.is_up()).await;
+    assert!(matches!(client.ask("k").await, Err(Unanswered::Unreachable)));
+    assert!(peer.next().await.is_none(), "it speaks on");
+    timeout(Duration::from_secs(5), client.wire.close()).await.expect("it is closed");
 }
 
 #[tokio::test(start_paused = true)]
