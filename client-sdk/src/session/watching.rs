@@ -11,13 +11,17 @@ const NAMED_MOST: usize = 64;
 /// How long after a refusal it is asked for again.
 const AGAIN_AFTER: Duration = Duration::from_secs(5);
 
+/// After so long the Watch is asked for anew, and goes on. How old news are is reckoned from when it was asked for, by
+/// the clocks of both sides: they part by up to 100 millionths, which in this time is less than is allowed for.
+const ANEW_AFTER: Duration = Duration::from_secs(2 * 60);
+
 /// The one Watch of a client.
 #[derive(Debug, Default)]
 pub(crate) struct Watching {
     /// `None` if nobody wants to hear anything; empty is all of the namespace.
     wanted: Option<Vec<Arc<str>>>,
-    /// Whether the server has been asked, on the session that is up.
-    asked: bool,
+    /// When the server was asked, on the session that is up.
+    asked: Option<Time>,
     /// Number of the last asking: what answers an earlier one is not news.
     asking: u64,
     /// Epoch and version of the last news.
@@ -45,10 +49,11 @@ impl Watching {
     /// What to ask for now, and the number of it.
     pub(crate) fn next(&mut self, now: Time) -> Option<(u64, WatchRequest)> {
         let wanted = self.wanted.as_ref()?;
-        if self.asked || now < self.not_before {
+        let is_asked = self.asked.is_some_and(|asked| now < asked.after(ANEW_AFTER));
+        if is_asked || now < self.not_before {
             return None;
         }
-        self.asked = true;
+        self.asked = Some(now);
         self.asking += 1;
         let (epoch, version) = self.last;
         let names: &[Arc<str>] = if self.all { &[] } else { wanted };
@@ -58,7 +63,7 @@ impl Watching {
 
     /// Whether these are news: they answer what was asked last.
     pub(crate) fn hears(&mut self, asking: u64, news: &WatchResponse) -> bool {
-        let hears = self.asked && asking == self.asking;
+        let hears = self.asked.is_some() && asking == self.asking;
         if hears {
             self.last = (news.epoch, news.version);
         }
@@ -70,7 +75,7 @@ impl Watching {
         if asking != self.asking {
             return;
         }
-        self.asked = false;
+        self.asked = None;
         self.last = (0, 0);
         if self.all || self.wanted.as_ref().is_some_and(Vec::is_empty) {
             self.not_before = now.after(AGAIN_AFTER);
@@ -81,7 +86,7 @@ impl Watching {
 
     /// The session broke: the next one goes on from there.
     pub(crate) fn broke(&mut self) {
-        self.asked = false;
+        self.asked = None;
         self.not_before = Time::ZERO;
     }
 
@@ -126,6 +131,20 @@ mod tests {
         watching.broke();
         let (_, again) = watching.next(NOW).unwrap();
         assert_eq!((again.epoch, again.version), (7, 3));
+    }
+
+    #[test]
+    fn it_is_asked_anew_and_goes_on_before_clocks_part_by_much() {
+        let mut watching = wanting(names(2));
+        let (first, _) = watching.next(NOW).unwrap();
+        watching.hears(first, &news(7, 3));
+        let later = NOW.after(ANEW_AFTER);
+        assert_eq!(watching.next(NOW.after(ANEW_AFTER / 2)), None);
+        let (second, again) = watching.next(later).unwrap();
+        assert_eq!((again.epoch, again.version), (7, 3));
+        assert!(!watching.hears(first, &news(7, 4)), "what is left out is told again");
+        assert!(watching.hears(second, &news(7, 4)));
+        assert_eq!(watching.next(later), None);
     }
 
     #[test]
