@@ -110,3 +110,19 @@ async fn a_late_comer_is_served_within_a_lease_time() {
         }
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn under_overload_no_client_has_less_than_a_half_of_its_share() {
+    // Where messages take a little more or less time, as they do: in step, the same ones would be first each time.
+    let latency = (1, 3);
+    for (clients, demand, max_wait) in [(2, 200, 200), (5, 150, 0), (10, 200, 0), (10, 150, 200)] {
+        let server = Server::of(bucket(100 * clients), OnUnreachable::Deny);
+        let fleet: Vec<_> = (0..usize::try_from(clients).unwrap())
+            .map(|number| Client::of(&server, number, latency))
+            .collect();
+        fleet.iter().for_each(|client| client.demand(demand, Duration::from_millis(max_wait)));
+        time::sleep(Duration::from_secs(14)).await;
+        let spent: Vec<_> = fleet.iter().map(Client::spent).collect();
+        assert!(spent.iter().all(|spent| spent * 2 >= 14 * 100), "{spent:?}");
+    }
+}
