@@ -37,6 +37,7 @@ use thiserror::Error;
 pub(crate) use self::registry::Breakers;
 use self::{
     circuit::{Circuit, Decided},
+    permit::{Crossing, Free},
     registry::Policy,
 };
 pub use self::{
@@ -209,9 +210,12 @@ impl Breaker {
         classifier: &impl Classify<T, E>,
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, CallError<E>> {
-        let permit = self.admit().await?;
+        let crossing = match Free::cross(&self.circuit) {
+            Some(free) => Crossing::Free(free),
+            None => Crossing::Held(self.admit().await?),
+        };
         let result = call.await;
-        permit.record(classifier.classify(&result));
+        crossing.record(classifier.classify(&result));
         result.map_err(CallError::Call)
     }
 }

@@ -203,10 +203,9 @@ impl Limiter {
     /// # Errors
     /// As [`acquire`](Self::acquire).
     pub async fn acquire_for(&self, key: &str, cost: u64) -> Result<(), Rejected> {
-        let key = self.limiters.key(&self.family, key);
-        match self.recall(&key, cost, self.max_wait > Duration::ZERO) {
+        match self.recall_for(key, cost, self.max_wait > Duration::ZERO) {
             Some(decided) => decided,
-            None => self.ask(&key, cost).await,
+            None => self.ask(&self.limiters.key(&self.family, key), cost).await,
         }
     }
 
@@ -228,10 +227,9 @@ impl Limiter {
     /// # Errors
     /// As [`try_acquire`](Self::try_acquire).
     pub fn try_acquire_for(&self, key: &str, cost: u64) -> Result<(), Rejected> {
-        let key = self.limiters.key(&self.family, key);
-        match self.recall(&key, cost, false) {
+        match self.recall_for(key, cost, false) {
             Some(decided) => decided,
-            None => self.miss(&key, cost),
+            None => self.miss(&self.limiters.key(&self.family, key), cost),
         }
     }
 
@@ -266,8 +264,18 @@ impl Limiter {
         let waits = self.max_wait > Duration::ZERO;
         match key {
             None => self.recall(&self.key, cost, waits),
-            Some(key) => self.recall(&self.limiters.key(&self.family, key), cost, waits),
+            Some(key) => self.recall_for(key, cost, waits),
         }
+    }
+
+    /// What memory says of another key: one that is in use is not even counted as held meanwhile.
+    #[inline]
+    fn recall_for(&self, key: &str, cost: u64, waits: bool) -> Option<Result<(), Rejected>> {
+        if cost == 0 {
+            return Some(Ok(()));
+        }
+        // One that is not there yet has no lease either.
+        self.family.find(key, |key| self.recall(key, cost, waits)).flatten()
     }
 
     /// What memory says: `None` where it has no answer.
@@ -276,7 +284,7 @@ impl Limiter {
         if cost == 0 {
             return Some(Ok(()));
         }
-        let now = key.context.clock.now();
+        let now = key.clock.now();
         if key.spend(cost, now) {
             return Some(Ok(()));
         }

@@ -5,15 +5,15 @@ use std::{fmt, sync::Arc, time::Duration};
 use fusebox_proto::v1;
 use thiserror::Error;
 
+use crate::binding::Binding;
+
 /// A call that was not let through, and why. It reached no target, and charged nothing that is not given back.
 ///
 /// Clones share what is long; making one does not allocate.
-#[derive(Clone, Debug, Error)]
+#[derive(Clone, Error)]
 pub struct Rejected {
-    /// Name of the policy.
-    pub policy: Arc<str>,
-    /// Which key of it.
-    pub key: Arc<str>,
+    /// Of what: both names behind one count, which threads that are rejected at the same time contend for.
+    binding: Arc<Binding>,
     /// Why.
     pub reason: Reason,
     /// After which the same may be let through, if that is a matter of time and somebody knows: a lone caller would be
@@ -25,9 +25,57 @@ pub struct Rejected {
     pub evidence: Option<Arc<Evidence>>,
 }
 
+impl Rejected {
+    #[inline]
+    pub(crate) fn new(
+        binding: &Arc<Binding>,
+        reason: Reason,
+        retry_after: Option<Duration>,
+        decider: Decider,
+        evidence: Option<Arc<Evidence>>,
+    ) -> Self {
+        Self { binding: Arc::clone(binding), reason, retry_after, decider, evidence }
+    }
+
+    /// Name of the policy.
+    #[must_use]
+    pub fn policy(&self) -> &str {
+        &self.binding.policy
+    }
+
+    /// Which key of it.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        &self.binding.key
+    }
+}
+
+#[cfg(test)]
+impl Rejected {
+    /// A rejection by a limit, out of memory.
+    pub(crate) fn of_names(policy: &str, key: &str) -> Self {
+        let binding = Arc::new(Binding::new(policy, key, 0));
+        Self::new(&binding, Reason::RateLimited, None, Decider::Memory, None)
+    }
+}
+
+impl fmt::Debug for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rejected")
+            .field("policy", &self.policy())
+            .field("key", &self.key())
+            .field("reason", &self.reason)
+            .field("retry_after", &self.retry_after)
+            .field("decider", &self.decider)
+            .field("evidence", &self.evidence)
+            .finish()
+    }
+}
+
 impl fmt::Display for Rejected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { policy, key, reason, retry_after, decider, evidence } = self;
+        let Self { reason, retry_after, decider, evidence, .. } = self;
+        let (policy, key) = (self.policy(), self.key());
         write!(f, "rejected by `{policy}`")?;
         if !key.is_empty() {
             write!(f, " for `{key}`")?;

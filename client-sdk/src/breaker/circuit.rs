@@ -61,21 +61,34 @@ pub(super) struct Circuit {
     /// Where the settings of the policy are.
     policy: Arc<Binding>,
     pub(super) home: Arc<Home>,
-    clock: Clock,
     own: Arc<OwnSettings>,
     /// Whether the server is told of it at all; else there are too many.
     is_shared: bool,
+    shown: Shown,
+    tally: Tally,
+    refusals: Refusals,
+    inner: Mutex<Inner>,
+}
+
+/// What every call reads, in cache lines that calls do not write.
+#[repr(align(64))]
+struct Shown {
     gate: AtomicU64,
     /// Till then a good call needs not be told to the local breaker; in nanoseconds.
     quiet_until: AtomicU64,
     /// A call that took longer is not good; in nanoseconds.
     slow_over: AtomicU64,
-    tally: Tally,
+    clock: Clock,
     /// How calls are refused without a look at anything else.
     refused: ArcSwapOption<Refused>,
-    refused_by_memory: AtomicU64,
-    refused_by_local: AtomicU64,
-    inner: Mutex<Inner>,
+}
+
+/// Calls that were refused, in a cache line of their own.
+#[derive(Default)]
+#[repr(align(64))]
+struct Refusals {
+    by_memory: AtomicU64,
+    by_local: AtomicU64,
 }
 
 /// A refusal that holds for a time.
@@ -189,16 +202,17 @@ impl Circuit {
             binding,
             policy,
             home: Arc::clone(home),
-            clock: home.context.clock.clone(),
             own,
             is_shared,
-            gate: AtomicU64::new(word),
-            quiet_until: AtomicU64::new(0),
-            slow_over: AtomicU64::new(u64::MAX),
+            shown: Shown {
+                gate: AtomicU64::new(word),
+                quiet_until: AtomicU64::new(0),
+                slow_over: AtomicU64::new(u64::MAX),
+                clock: home.context.clock.clone(),
+                refused: ArcSwapOption::empty(),
+            },
             tally: Tally::new(tag(word)),
-            refused: ArcSwapOption::empty(),
-            refused_by_memory: AtomicU64::new(0),
-            refused_by_local: AtomicU64::new(0),
+            refusals: Refusals::default(),
             inner: Mutex::new(inner),
         };
         let mut inner = circuit.inner.lock();
@@ -211,17 +225,25 @@ impl Circuit {
     /// Lets a call through, or does not. With `waits` the server may be asked for it.
     #[inline]
     pub(super) fn admit(self: &Arc<Self>, waits: bool) -> Decided {
-        let now = self.clock.now();
-        let word = self.gate.load(Ordering::Acquire);
+        let now = self.shown.clock.now();
+        let word = self.shown.gate.load(Ordering::Acquire);
         if word & FREE != 0 {
             return Decided::Now(Ok(Permit::new(Arc::clone(self), Pass::Free, word, now)));
         }
         self.decide(now, waits)
     }
 
+    /// Whether a call goes through without a look at anything else; then the word of the gate, and when that was.
+    #[inline]
+    pub(super) fn cross(&self) -> Option<(u64, Time)> {
+        let now = self.shown.clock.now();
+        let word = self.shown.gate.load(Ordering::Acquire);
+        (word & FREE != 0).then_some((word, now))
+    }
+
     #[inline(never)]
     fn decide(self: &Arc<Self>, now: Time, waits: bool) -> Decided {
-        if let Some(refused) = &*self.refused.load()
+        if let Some(refused) = &*self.shown.refused.load()
             && now < refused.until
         {
             let wait = Duration::from_nanos(refused.until.nanos_since(now));
@@ -260,14 +282,13 @@ impl Circuit {
         evidence: Option<Arc<Evidence>>,
     ) -> Rejected {
         match decider {
-            Decider::Memory => _ = self.refused_by_memory.fetch_add(1, Ordering::Relaxed),
-            Decider::Local => _ = self.refused_by_local.fetch_add(1, Ordering::Relaxed),
+            Decider::Memory => _ = self.refusals.by_memory.fetch_add(1, Ordering::Relaxed),
+            Decider::Local => _ = self.refusals.by_local.fetch_add(1, Ordering::Relaxed),
             Decider::Server | Decider::Fallback => {
                 self.home.context.telemetry.rejected(decider, reason);
             }
         }
-        let (policy, key) = (Arc::clone(&self.binding.policy), Arc::clone(&self.binding.key));
-        Rejected { policy, key, reason, retry_after, decider, evidence }
+        Rejected::new(&self.binding, reason, retry_after, decider, evidence)
     }
 
     /// What becomes of a call that the gate does not let through by itself.
@@ -314,7 +335,7 @@ impl Circuit {
         now: Time,
     ) -> Passed {
         let refused = Refused { until, reason, decider, evidence: evidence.clone() };
-        self.refused.store(Some(Arc::new(refused)));
+        self.shown.refused.store(Some(Arc::new(refused)));
         let retry_after = Some(Duration::from_nanos(until.nanos_since(now)));
         Passed::Refused { reason, decider, retry_after, evidence }
     }
@@ -350,12 +371,12 @@ impl Circuit {
     /// A call is over.
     #[inline]
     pub(super) fn end(self: &Arc<Self>, pass: &mut Pass, word: u64, began: Time, end: End) {
-        let now = self.clock.now();
+        let now = self.shown.clock.now();
         if let (Pass::Free, End::Told(Verdict::Success)) = (&*pass, end) {
             let latency = now.nanos_since(began);
-            let is_same = (self.gate.load(Ordering::Acquire) ^ word) & !FREE == 0;
-            let is_quiet = now.as_nanos() < self.quiet_until.load(Ordering::Acquire);
-            let is_good = latency <= self.slow_over.load(Ordering::Relaxed);
+            let is_same = (self.shown.gate.load(Ordering::Acquire) ^ word) & !FREE == 0;
+            let is_quiet = now.as_nanos() < self.shown.quiet_until.load(Ordering::Acquire);
+            let is_good = latency <= self.shown.slow_over.load(Ordering::Relaxed);
             if is_same && is_quiet && is_good {
                 let bucket = tally::bucket_of(latency / 1_000);
                 if self.tally.add(bucket, tag(word)) {
@@ -367,7 +388,7 @@ impl Circuit {
     }
 
     pub(super) fn elapsed(&self, began: Time) -> Duration {
-        Duration::from_nanos(self.clock.now().nanos_since(began))
+        Duration::from_nanos(self.shown.clock.now().nanos_since(began))
     }
 
     #[inline(never)]
@@ -438,7 +459,7 @@ impl Circuit {
         if calls == 0 {
             return;
         }
-        let last = self.quiet_until.load(Ordering::Acquire).checked_sub(1);
+        let last = self.shown.quiet_until.load(Ordering::Acquire).checked_sub(1);
         let at = last.map_or(now, |last| now.min(Time::from_nanos(last)));
         let counts = Counts { calls, ..Counts::default() };
         let delta = Delta { counts, ..Delta::default() };
@@ -465,16 +486,16 @@ impl Circuit {
         }
         let over = policy.and_then(|policy| policy.slow_call).map(|slow| slow.over);
         let over = over.into_iter().chain(inner.breaker.slow_call.map(|slow| slow.over)).min();
-        self.slow_over.store(over.map_or(u64::MAX, saturating_nanos), Ordering::Relaxed);
+        self.shown.slow_over.store(over.map_or(u64::MAX, saturating_nanos), Ordering::Relaxed);
         (inner.settings, inner.own_settings) = (settings, own);
     }
 
     /// Shows calls what has become of it, and tells what has changed.
     fn publish(&self, inner: &mut Inner, now: Time) -> Changes {
-        let shown = self.gate.load(Ordering::Acquire);
+        let shown = self.shown.gate.load(Ordering::Acquire);
         let word = inner.word() | if inner.is_free(&self.home, now) { FREE } else { 0 };
         if word != shown {
-            self.gate.store(word, Ordering::Release);
+            self.shown.gate.store(word, Ordering::Release);
         }
         if tag(word) != tag(shown) {
             let is_same_own = own_generation(word) == own_generation(shown);
@@ -491,11 +512,11 @@ impl Circuit {
             });
         }
         if (word ^ shown) & !FREE != 0 {
-            self.refused.store(None);
+            self.shown.refused.store(None);
         }
         let is_active = inner.is_active;
         let quiet = inner.turn(now, 0, |own, turn| own.quiet_until(turn)).filter(|_| is_active);
-        self.quiet_until.store(quiet.map_or(0, Time::as_nanos), Ordering::Release);
+        self.shown.quiet_until.store(quiet.map_or(0, Time::as_nanos), Ordering::Release);
         let is_closed = inner.own.phase() == circuit::Phase::Closed;
         let changed = mem::replace(&mut inner.own_closed, is_closed) != is_closed;
         Changes { own: changed.then_some(is_closed), shared: None, urgent: changed && !is_closed }

@@ -25,6 +25,54 @@ pub(super) enum Pass {
     Probe(Box<Grant>),
 }
 
+/// A call that is made by who has the handle: most go through a closed circuit, and need no hold of it.
+pub(super) enum Crossing<'a> {
+    Free(Free<'a>),
+    Held(Permit),
+}
+
+impl Crossing<'_> {
+    #[inline]
+    pub(super) fn record(self, verdict: Verdict) {
+        match self {
+            Self::Free(mut free) => free.end(End::Told(verdict)),
+            Self::Held(permit) => permit.record(verdict),
+        }
+    }
+}
+
+/// A call through a closed circuit. Dropped without a word it is abandoned.
+pub(super) struct Free<'a> {
+    circuit: &'a Arc<Circuit>,
+    word: u64,
+    began: Time,
+    is_over: bool,
+}
+
+impl<'a> Free<'a> {
+    /// Nothing, if the circuit has to be asked.
+    #[inline]
+    pub(super) fn cross(circuit: &'a Arc<Circuit>) -> Option<Self> {
+        let (word, began) = circuit.cross()?;
+        Some(Self { circuit, word, began, is_over: false })
+    }
+
+    #[inline]
+    fn end(&mut self, end: End) {
+        if !self.is_over {
+            self.is_over = true;
+            self.circuit.end(&mut Pass::Free, self.word, self.began, end);
+        }
+    }
+}
+
+impl Drop for Free<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.end(End::Abandoned);
+    }
+}
+
 /// A call that was let through, to be told how it went.
 ///
 /// Dropped without a word it is abandoned: that says nothing about the target, and a probe is given back. So it is if

@@ -29,7 +29,7 @@ use crate::{
     telemetry::Counts,
 };
 
-/// Circuits that the server is told of, at most: each is a kilobyte or two here, and some there.
+/// Circuits that the server is told of, at most: each is three kilobytes or four here, and some there.
 const SHARED_MOST: usize = 10_000;
 
 /// Circuits in all, at most; the rest of them have a local breaker alone.

@@ -1,18 +1,29 @@
 //! Good calls, counted without a lock: by latency, each bucket with the generation that it counts for.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    cell::Cell,
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
     time::Duration,
 };
 
 use fusebox_core::circuit::LATENCIES;
 
-/// Calls by latency.
+/// Lanes of a tally: threads of different ones do not wait for each other, and each takes a third of a kilobyte.
+const LANES: usize = 4;
+
+/// Calls by latency, in lanes of which each thread has one.
+#[derive(Debug)]
+pub(super) struct Tally {
+    lanes: [Lane; LANES],
+}
+
+/// The calls of some threads.
 ///
 /// A bucket holds, beside the count, the [`Tag`] of the generation that it is of, and both change together: so a call of
 /// a generation that has passed is never counted for the next, whenever its thread was halted.
 #[derive(Debug)]
-pub(super) struct Tally {
+#[repr(align(64))]
+struct Lane {
     /// Those that ever counted: most calls take about as long as others.
     used: AtomicU64,
     buckets: [AtomicU64; LATENCIES],
@@ -22,22 +33,57 @@ pub(super) struct Tally {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tag(pub(super) u32);
 
-/// Counts that were read, by bucket.
-pub(super) type Seen = [u32; LATENCIES];
+/// Counts that were read, by lane and bucket.
+pub(super) type Seen = [[u32; LATENCIES]; LANES];
+
+/// None.
+pub(super) const UNSEEN: Seen = [[0; LATENCIES]; LANES];
 
 const COUNT: u64 = u32::MAX as u64;
 
 impl Tally {
     pub(super) fn new(tag: Tag) -> Self {
+        Self { lanes: std::array::from_fn(|_| Lane::new(tag)) }
+    }
+
+    /// Counts a call; whether it was of the present generation.
+    #[inline]
+    pub(super) fn add(&self, bucket: usize, tag: Tag) -> bool {
+        self.lanes[lane()].add(bucket, tag)
+    }
+
+    /// Tells `each` of the calls of each bucket that were not seen yet.
+    pub(super) fn read(&self, seen: &mut Seen, mut each: impl FnMut(usize, u32)) {
+        for (lane, seen) in self.lanes.iter().zip(seen) {
+            for bucket in places(lane.used.load(Ordering::Relaxed)) {
+                let word = lane.buckets[bucket].load(Ordering::Acquire);
+                note(&mut seen[bucket], word, |calls| each(bucket, calls));
+            }
+        }
+    }
+
+    /// Begins a generation, and tells `each` of the calls of the former that were not seen yet.
+    pub(super) fn begin(&self, tag: Tag, seen: &mut Seen, mut each: impl FnMut(usize, u32)) {
+        for (lane, seen) in self.lanes.iter().zip(seen) {
+            for (bucket, place) in lane.buckets.iter().enumerate() {
+                let word = place.swap(u64::from(tag.0) << 32, Ordering::AcqRel);
+                note(&mut seen[bucket], word, |calls| each(bucket, calls));
+                seen[bucket] = 0;
+            }
+        }
+    }
+}
+
+impl Lane {
+    fn new(tag: Tag) -> Self {
         Self {
             used: AtomicU64::new(0),
             buckets: std::array::from_fn(|_| AtomicU64::new(u64::from(tag.0) << 32)),
         }
     }
 
-    /// Counts a call; whether it was of the present generation.
     #[inline]
-    pub(super) fn add(&self, bucket: usize, tag: Tag) -> bool {
+    fn add(&self, bucket: usize, tag: Tag) -> bool {
         let Some(place) = self.buckets.get(bucket) else { return false };
         let mut word = place.load(Ordering::Relaxed);
         loop {
@@ -56,23 +102,21 @@ impl Tally {
         }
         true
     }
+}
 
-    /// Tells `each` of the calls of each bucket that were not seen yet.
-    pub(super) fn read(&self, seen: &mut Seen, mut each: impl FnMut(usize, u32)) {
-        for bucket in places(self.used.load(Ordering::Relaxed)) {
-            let word = self.buckets[bucket].load(Ordering::Acquire);
-            note(&mut seen[bucket], word, |calls| each(bucket, calls));
-        }
+/// The lane of this thread: they are dealt in turn, and what is counted is the same whichever it is.
+#[inline]
+fn lane() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static LANE: Cell<usize> = const { Cell::new(usize::MAX) };
     }
-
-    /// Begins a generation, and tells `each` of the calls of the former that were not seen yet.
-    pub(super) fn begin(&self, tag: Tag, seen: &mut Seen, mut each: impl FnMut(usize, u32)) {
-        for (bucket, place) in self.buckets.iter().enumerate() {
-            let word = place.swap(u64::from(tag.0) << 32, Ordering::AcqRel);
-            note(&mut seen[bucket], word, |calls| each(bucket, calls));
-            seen[bucket] = 0;
+    LANE.with(|lane| {
+        if lane.get() == usize::MAX {
+            lane.set(NEXT.fetch_add(1, Ordering::Relaxed) % LANES);
         }
-    }
+        lane.get()
+    }) % LANES
 }
 
 /// The bucket of calls that take so long.
@@ -111,7 +155,7 @@ mod tests {
 
     #[test]
     fn what_was_counted_is_read_once() {
-        let (tally, mut seen) = (Tally::new(Tag(7)), [0; LATENCIES]);
+        let (tally, mut seen) = (Tally::new(Tag(7)), UNSEEN);
         for bucket in [0, 3, 3, 39] {
             assert!(tally.add(bucket, Tag(7)));
         }
@@ -128,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_call_of_a_generation_that_has_passed_is_not_counted() {
-        let (tally, mut seen) = (Tally::new(Tag(1)), [0; LATENCIES]);
+        let (tally, mut seen) = (Tally::new(Tag(1)), UNSEEN);
         tally.add(5, Tag(1));
         let mut left = 0;
         tally.begin(Tag(2), &mut seen, |_, calls| left += calls);
@@ -140,12 +184,13 @@ mod tests {
 
     #[test]
     fn a_count_that_goes_round_leaves_the_generation_alone() {
-        let (tally, mut seen) = (Tally::new(Tag(1)), [u32::MAX; LATENCIES]);
-        tally.buckets[0].store((1 << 32) | COUNT, Ordering::Relaxed);
+        let (tally, mut seen) = (Tally::new(Tag(1)), [[u32::MAX; LATENCIES]; LANES]);
+        let place = &tally.lanes[lane()].buckets[0];
+        place.store((1 << 32) | COUNT, Ordering::Relaxed);
         assert!(tally.add(0, Tag(1)));
         let mut calls = 0;
         tally.read(&mut seen, |_, more| calls += more);
-        assert_eq!((calls, tally.buckets[0].load(Ordering::Relaxed)), (1, 1 << 32));
+        assert_eq!((calls, place.load(Ordering::Relaxed)), (1, 1 << 32));
     }
 
     #[test]
@@ -157,7 +202,7 @@ mod tests {
             }
         });
         let mut all = 0;
-        tally.read(&mut [0; LATENCIES], |_, calls| all += calls);
+        tally.read(&mut UNSEEN.clone(), |_, calls| all += calls);
         assert_eq!(all, 40_000);
     }
 

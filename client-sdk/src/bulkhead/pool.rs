@@ -131,14 +131,7 @@ impl Pool {
         decider: Decider,
     ) -> Rejected {
         self.context.telemetry.rejected(decider, reason);
-        Rejected {
-            policy: Arc::clone(&self.binding.policy),
-            key: Arc::clone(&self.binding.key),
-            reason,
-            retry_after,
-            decider,
-            evidence: None,
-        }
+        Rejected::new(&self.binding, reason, retry_after, decider, None)
     }
 
     /// Waits for a permit until then; `None` is one that was given without the server.

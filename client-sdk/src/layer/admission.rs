@@ -113,7 +113,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{Decider, Reason, layer::rejection};
+    use crate::{Reason, layer::rejection};
 
     /// A service of which only the one that was ready may be called.
     #[derive(Default)]
@@ -146,9 +146,9 @@ mod tests {
     }
 
     fn rejected(reason: Reason) -> Rejected {
-        let (policy, key) = ("api".into(), "".into());
-        let decider = Decider::Memory;
-        Rejected { policy, key, reason, retry_after: None, decider, evidence: None }
+        let mut rejected = Rejected::of_names("api", "");
+        rejected.reason = reason;
+        rejected
     }
 
     async fn end(admitted: Admitted<&'static str>) -> (Picky, Ended<&'static str, u32>) {

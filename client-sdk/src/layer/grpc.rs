@@ -50,18 +50,12 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{Decider, Rejected, layer::rejected_in};
+    use crate::{Rejected, layer::rejected_in};
 
     #[test]
     fn a_rejection_is_a_status_that_says_why() {
-        let rejected = Rejected {
-            policy: "api".into(),
-            key: "tenant".into(),
-            reason: Reason::RateLimited,
-            retry_after: Some(Duration::from_millis(20)),
-            decider: Decider::Memory,
-            evidence: None,
-        };
+        let mut rejected = Rejected::of_names("api", "tenant");
+        rejected.retry_after = Some(Duration::from_millis(20));
         let status = status(Box::new(rejected));
         assert_eq!(status.code(), Code::ResourceExhausted);
         let message = "rejected by `api` for `tenant`: the rate is used up; again in 20ms";

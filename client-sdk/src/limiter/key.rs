@@ -23,7 +23,7 @@ use super::{
     word::Word,
 };
 use crate::{
-    Decider, Fallback, Reason, Rejected,
+    Clock, Decider, Fallback, Reason, Rejected,
     binding::Binding,
     context::Context,
     owed::Owed,
@@ -78,6 +78,8 @@ impl Shell {
 /// One policy and key.
 pub(super) struct Key {
     hot: Hot,
+    /// That of the context, beside what is read with it.
+    pub(super) clock: Clock,
     pub(super) shell: Arc<Shell>,
     pub(super) context: Arc<Context>,
     pub(super) binding: Arc<Binding>,
@@ -153,6 +155,7 @@ impl Key {
         let used = shell.context.clock.now();
         Arc::new(Self {
             hot: Hot::default(),
+            clock: shell.context.clock.clone(),
             shell: Arc::clone(shell),
             context: Arc::clone(&shell.context),
             binding,
@@ -254,14 +257,7 @@ impl Key {
         retry_after: Option<Duration>,
         decider: Decider,
     ) -> Rejected {
-        Rejected {
-            policy: Arc::clone(&self.binding.policy),
-            key: Arc::clone(&self.binding.key),
-            reason,
-            retry_after,
-            decider,
-            evidence: None,
-        }
+        Rejected::new(&self.binding, reason, retry_after, decider, None)
     }
 
     /// Lets a caller into the line, and has the server asked; `None` if there is no room in it.

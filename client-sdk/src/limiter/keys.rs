@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use hashbrown::{DefaultHashBuilder, HashMap};
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use parking_lot::{Mutex, RwLock};
 
 use super::key::{Key, Shell};
@@ -34,13 +34,26 @@ pub(super) struct Keys {
 pub(super) struct Family {
     policy: Arc<str>,
     hasher: DefaultHashBuilder,
-    shards: [RwLock<HashMap<Arc<str>, Arc<Key>>>; SHARDS],
+    shards: [Shard; SHARDS],
 }
 
+type Shard = RwLock<HashTable<Arc<Key>>>;
+
 impl Family {
-    fn shard(&self, key: &str) -> &RwLock<HashMap<Arc<str>, Arc<Key>>> {
+    /// Where a key is, and by which hash: one does for both, since a table goes by other bits of it.
+    #[inline]
+    fn shard(&self, key: &str) -> (&Shard, u64) {
         let hash = self.hasher.hash_one(key);
-        &self.shards[usize::try_from(hash % SHARDS as u64).unwrap_or_default()]
+        #[allow(clippy::cast_possible_truncation)] // bits from the middle
+        let shard = (hash >> 32) as usize % SHARDS;
+        (&self.shards[shard], hash)
+    }
+
+    /// Does something with the key of that name, if it is there, which must not look for another one.
+    #[inline]
+    pub(super) fn find<T>(&self, name: &str, act: impl FnOnce(&Arc<Key>) -> T) -> Option<T> {
+        let (shard, hash) = self.shard(name);
+        shard.read().find(hash, |key| *key.binding.key == *name).map(act)
     }
 }
 
@@ -61,31 +74,23 @@ impl Keys {
 
     /// The key of that name; one that was not there begins.
     pub(super) fn key(&self, shell: &Arc<Shell>, family: &Family, name: &str) -> Arc<Key> {
-        let shard = family.shard(name);
-        if let Some(key) = shard.read().get(name) {
-            return Arc::clone(key);
-        }
-        self.begin(shell, family, shard, name)
+        family.find(name, Arc::clone).unwrap_or_else(|| self.begin(shell, family, name))
     }
 
     #[cold]
-    fn begin(
-        &self,
-        shell: &Arc<Shell>,
-        family: &Family,
-        shard: &RwLock<HashMap<Arc<str>, Arc<Key>>>,
-        name: &str,
-    ) -> Arc<Key> {
+    fn begin(&self, shell: &Arc<Shell>, family: &Family, name: &str) -> Arc<Key> {
         if self.count.load(Ordering::Relaxed) >= KEYS_MOST {
             return Self::one_too_many(shell, family, name);
         }
         let binding = shell.context.exchange.bind(&family.policy, name);
+        let (shard, hash) = family.shard(name);
         let mut shard = shard.write();
-        if let Some(key) = shard.get(name) {
+        if let Some(key) = shard.find(hash, |key| *key.binding.key == *name) {
             return Arc::clone(key);
         }
         let key = Key::new(shell, binding, true);
-        shard.insert(Arc::clone(&key.binding.key), Arc::clone(&key));
+        let hasher = |key: &Arc<Key>| family.hasher.hash_one(&*key.binding.key);
+        shard.insert_unique(hash, Arc::clone(&key), hasher);
         drop(shard);
         self.count.fetch_add(1, Ordering::Relaxed);
         self.all.lock().push(Arc::clone(&key));
@@ -95,9 +100,7 @@ impl Keys {
     /// A key that there is no room for: it is not bound either, and judged alone as the policy's own key is.
     fn one_too_many(shell: &Arc<Shell>, family: &Family, name: &str) -> Arc<Key> {
         let binding = Binding::new(&family.policy, name, 0);
-        if let Some(own) = family.shard("").read().get("") {
-            binding.is_told(own.binding.settings(), own.binding.clients());
-        }
+        family.find("", |own| binding.is_told(own.binding.settings(), own.binding.clients()));
         Key::new(shell, Arc::new(binding), false)
     }
 
@@ -115,12 +118,15 @@ impl Keys {
 
     fn leave(&self, key: &Arc<Key>) -> bool {
         let family = self.family(&key.binding.policy);
-        let mut shard = family.shard(&key.binding.key).write();
+        let (shard, hash) = family.shard(&key.binding.key);
+        let mut shard = shard.write();
         // The shard's and this one: nobody can come by another while the shard is locked.
         if Arc::strong_count(key) > 2 {
             return false;
         }
-        shard.remove(&*key.binding.key);
+        if let Ok(place) = shard.find_entry(hash, |one| Arc::ptr_eq(one, key)) {
+            place.remove();
+        }
         self.count.fetch_sub(1, Ordering::Relaxed);
         true
     }

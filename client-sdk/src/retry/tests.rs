@@ -167,14 +167,7 @@ async fn failing(retry: &Retry) -> u32 {
 }
 
 fn rejected() -> Rejected {
-    Rejected {
-        policy: "api".into(),
-        key: "".into(),
-        reason: crate::Reason::RateLimited,
-        retry_after: None,
-        decider: crate::Decider::Memory,
-        evidence: None,
-    }
+    Rejected::of_names("api", "")
 }
 
 #[tokio::test(start_paused = true)]

@@ -112,7 +112,7 @@ impl Circuit {
             } else {
                 Offer::Again
             };
-            self.refused.store(None);
+            self.shown.refused.store(None);
             let published = self.publish(&mut inner, now);
             changes = Changes { shared: changes.shared, ..published };
             offer
@@ -140,14 +140,14 @@ impl Circuit {
             };
             return Err(self.refuse(reason, Decider::Memory, None, evidence));
         };
-        let now = self.clock.now();
+        let now = self.shown.clock.now();
         match offer {
             Offer::Denied { reason, retry_after, evidence } => {
                 Err(self.refuse(reason, Decider::Server, retry_after, evidence))
             }
             Offer::Probe(held) => match held.take(now) {
                 Some(grant) => {
-                    let word = self.gate.load(Ordering::Acquire);
+                    let word = self.shown.gate.load(Ordering::Acquire);
                     Ok(self.permit(Pass::Probe(Box::new(grant)), word, now))
                 }
                 None => Err(self.refuse(Reason::ProbesInUse, Decider::Memory, None, None)),
@@ -173,7 +173,7 @@ impl Circuit {
                 && !self.home.is_closed()
             {
                 inner.pocket = Some(grant);
-                self.refused.store(None);
+                self.shown.refused.store(None);
                 self.visit(&mut inner, now);
                 None
             } else {
@@ -200,7 +200,7 @@ impl Circuit {
         self.catch_up(&mut inner, now);
         let change = inner.shared.is_told(told);
         let told = self.take(&mut inner, change, now);
-        self.refused.store(None);
+        self.shown.refused.store(None);
         let changes = self.publish(&mut inner, now);
         Changes { shared: told.shared, ..changes }
     }
@@ -241,7 +241,7 @@ impl Circuit {
             let change = inner.shared.forget();
             self.take(&mut inner, change, now);
         }
-        self.refused.store(None);
+        self.shown.refused.store(None);
         self.publish(&mut inner, now);
     }
 
@@ -258,7 +258,7 @@ impl Circuit {
         self.read(&mut inner, now);
         self.catch_up(&mut inner, now);
         self.is_not_shared(&mut inner, now);
-        self.refused.store(None);
+        self.shown.refused.store(None);
         self.publish(&mut inner, now);
     }
 

@@ -80,8 +80,8 @@ impl Circuit {
             counts.memory += inner.by_memory;
             counts.local += inner.by_local;
         }
-        let memory = self.refused_by_memory.load(Ordering::Relaxed);
-        let local = self.refused_by_local.load(Ordering::Relaxed);
+        let memory = self.refusals.by_memory.load(Ordering::Relaxed);
+        let local = self.refusals.by_local.load(Ordering::Relaxed);
         counts.memory += memory;
         counts.local += local;
         counts.rejected += memory + local;

@@ -58,18 +58,11 @@ fn verdict<T>(classify: &impl Classify<T>, result: Result<&T, &BoxError>) -> Ver
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Decider, Reason, Rejected, layer::breaker::Errors};
+    use crate::{Rejected, layer::breaker::Errors};
 
     #[test]
     fn a_rejection_by_a_layer_within_says_nothing_about_the_target() {
-        let rejected = Rejected {
-            policy: "api".into(),
-            key: "".into(),
-            reason: Reason::RateLimited,
-            retry_after: None,
-            decider: Decider::Memory,
-            evidence: None,
-        };
+        let rejected = Rejected::of_names("api", "");
         let inner: [BoxError; 2] = [Box::new(rejected), Box::new(CallError::Expired)];
         for error in &inner {
             assert_eq!(verdict::<()>(&Errors, Err(error)), Verdict::Ignored, "{error}");

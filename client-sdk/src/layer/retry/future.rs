@@ -161,7 +161,7 @@ mod tests {
     use tower::{ServiceBuilder, ServiceExt};
 
     use super::*;
-    use crate::{Clock, Decider, Reason, Rejected, layer::RetryLayer, retry::Retry};
+    use crate::{Clock, Rejected, layer::RetryLayer, retry::Retry};
 
     /// A service whose tries end as `end` says of their number, and how many there were.
     async fn tries<T: 'static>(
@@ -200,14 +200,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_rejection_is_not_tried_again() {
-        let rejected = Rejected {
-            policy: "api".into(),
-            key: "".into(),
-            reason: Reason::RateLimited,
-            retry_after: None,
-            decider: Decider::Memory,
-            evidence: None,
-        };
+        let rejected = Rejected::of_names("api", "");
         let (tries, result) = tries::<()>(local(), |_| Err(Box::new(rejected.clone()))).await;
         assert_eq!(tries, 1);
         assert!(rejection(&result.unwrap_err()).is_some());
