@@ -17,6 +17,7 @@ mod process;
 mod rival;
 mod rows;
 mod rules;
+mod sdk;
 mod table;
 mod traffic;
 
@@ -60,7 +61,7 @@ struct Options {
     #[arg(long, value_name = "TEXT")]
     rows: Vec<String>,
     /// What to measure.
-    #[arg(long, value_delimiter = ',', default_values = ["rows", "circuits", "fleet", "footprint", "rules", "instructions"])]
+    #[arg(long, value_delimiter = ',', default_values = ["rows", "circuits", "fleet", "footprint", "rules", "instructions", "sdk"])]
     parts: Vec<Part>,
     /// Connections to a server, shared by its calls.
     #[arg(long, value_name = "COUNT", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
@@ -99,6 +100,8 @@ enum Part {
     Rules,
     /// Instructions of one decision, beside the crate `governor`; wants valgrind.
     Instructions,
+    /// What a decision costs the process that asks, beside crates that decide for one process alone.
+    Sdk,
     /// Ten million made-up names: memory, and what others notice of them.
     Flood,
 }
@@ -165,6 +168,9 @@ async fn all(options: &Options) -> Result<()> {
     }
     if options.parts.contains(&Part::Instructions) {
         decide::measure()?;
+    }
+    if options.parts.contains(&Part::Sdk) {
+        sdk::measure(options).await?;
     }
     if options.parts.contains(&Part::Flood) {
         flood::measure(options).await?;

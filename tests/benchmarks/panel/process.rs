@@ -36,6 +36,8 @@ namespaces:
     policies:
       slow: {token_bucket: {limit: 1000000000, per: 1d}, max_cells: 10000000}
       fast: {token_bucket: {limit: 1000000000, per: 1s}, max_cells: 10000000}
+      # What one process is given nearly all of.
+      steady: {token_bucket: {limit: 10000, per: 1s}}
       # One that is not full again before it is looked at: its cells stay.
       slowest: {token_bucket: {limit: 1000, per: 366d}, max_cells: 10000000}
       # One that has room for a part of the keys that are made up, and never denies.

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 #![allow(unsafe_code)] // an allocator cannot be counted without
 
+mod client;
+
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
