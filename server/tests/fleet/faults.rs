@@ -165,8 +165,8 @@ impl Life {
             sleep(millis(200) + self.chance.below(millis(1_500))).await;
             match self.chance.within(0..8) {
                 0 | 1 => self.is_killed().await,
-                2 | 3 => self.is_stopped().await,
-                4 => self.is_stopped_and_goes_on_cut_off().await,
+                2 | 3 if self.chance.once_in(2) => self.is_stopped().await,
+                2 | 3 => self.is_stopped_and_goes_on_cut_off().await,
                 _ => self.is_badly_connected().await,
             }
         }
@@ -201,14 +201,11 @@ impl Life {
     }
 
     async fn is_badly_connected(&mut self) {
-        let fault = match self.chance.within(0..6) {
-            0 => Fault::Delay(self.chance.below(millis(400))),
-            1 => Fault::Throttle(self.chance.within(500..20_000)),
-            2 => Fault::Reset,
-            3 => Fault::DeafServer,
-            4 => Fault::DeafClient,
-            _ => Fault::BlackHole,
-        };
+        let delay = Fault::Delay(self.chance.below(millis(400)));
+        let throttle = Fault::Throttle(self.chance.within(500..20_000));
+        let cuts = [Fault::BlackHole, Fault::DeafServer, Fault::DeafClient];
+        let cut = self.chance.one_of(&cuts);
+        let fault = self.chance.one_of(&[delay, throttle, Fault::Reset, cut, cut]);
         self.chronicle.happens(match fault {
             Fault::Delay(_) => "a network was late",
             Fault::Throttle(_) => "a network was slow",
