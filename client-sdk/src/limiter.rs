@@ -326,8 +326,14 @@ impl Limiter {
         let Some(line) = key.join(cost, self.priority, estimated, until, asked) else {
             return Err(reject(Reason::LineFull, Decider::Local));
         };
+        let truth = key.shell.truth.load(Ordering::Relaxed);
         match wait(key, line, asked, until).await {
-            Told::Allowed { decider, grant_id } => {
+            // The process was stopped meanwhile: what it was given then is another's by now.
+            Told::Allowed { grant_id, expires, .. } if expires <= key.context.clock.now() => {
+                key.shell.give_back(truth, grant_id);
+                key.decide_alone(cost).map(|()| String::new())
+            }
+            Told::Allowed { decider, grant_id, .. } => {
                 key.context.telemetry.decided(decider);
                 Ok(grant_id)
             }

@@ -264,13 +264,16 @@ impl Key {
         let mut answers = answers.answers.into_iter();
         let (mut waiting, mut denied, mut spare) = (Vec::new(), 0, 0_u64);
         let asked = batch.waiters.len();
+        // Tokens are spent soon after their charge, or not at all: as long as a lease would live, or as long as callers
+        // wait for such an answer.
+        let expires = lasts_until(sent, self.lease_time().max(self.context.decide_within));
         for waiter in batch.waiters {
             match answers.next() {
                 None => {
                     let _ = waiter.tell.send(Told::Unreachable);
                 }
                 Some(answer) if answer.allowed => {
-                    spare = spare.saturating_add(self.allow(waiter, answer, batch.truth));
+                    spare = spare.saturating_add(self.allow(waiter, answer, batch.truth, expires));
                 }
                 Some(answer) => {
                     let first = denied == 0;
@@ -286,10 +289,9 @@ impl Key {
         } else {
             (2 * cold.asking.batch).min(BATCH_MOST)
         };
-        // What was given to somebody who had left is the next one's, for as long as a lease would live: tokens are spent
-        // soon after their charge, or not at all. What nobody can use is lost.
-        if lasts_until(sent, self.lease_time()) > now {
-            serve(cold, &mut spare, Decider::Server);
+        // What was given to somebody who had left is the next one's. What nobody can use is lost.
+        if expires > now {
+            serve(cold, &mut spare, Decider::Server, expires);
         }
         let leased = answers.next().filter(|_| batch.lease > 0);
         if let Some(answer) = leased {
@@ -301,20 +303,18 @@ impl Key {
     }
 
     /// Tells somebody that it may go ahead; tells how many tokens are left over, if it is gone.
-    fn allow(&self, waiter: Waiter, answer: Answer, truth: u64) -> u64 {
+    fn allow(&self, waiter: Waiter, answer: Answer, truth: u64, expires: Time) -> u64 {
         let grant_id = answer.grant_id;
         if !waiter.estimated {
             // Nothing is owed of tokens that are spent; a grant of a policy that is no rate is not kept.
             let outcome = v1::GrantOutcome { grant_id, ..v1::GrantOutcome::default() };
             self.shell.settle(truth, outcome);
-            let told = Told::Allowed { decider: Decider::Server, grant_id: String::new() };
+            let told = Told::Allowed { decider: Decider::Server, grant_id: String::new(), expires };
             return if waiter.tell.send(told).is_ok() { 0 } else { waiter.cost };
         }
-        let told = Told::Allowed { decider: Decider::Server, grant_id };
+        let told = Told::Allowed { decider: Decider::Server, grant_id, expires };
         if let Err(Told::Allowed { grant_id, .. }) = waiter.tell.send(told) {
-            let actual_cost = Some(0);
-            let outcome = v1::GrantOutcome { grant_id, actual_cost, ..v1::GrantOutcome::default() };
-            self.shell.settle(truth, outcome);
+            self.shell.give_back(truth, grant_id);
         }
         0
     }
@@ -378,7 +378,7 @@ impl Key {
         let expires = lasts_until(sent, life);
         let mut left = leased.min(TOKENS_MOST);
         if expires > now {
-            serve(cold, &mut left, Decider::Memory);
+            serve(cold, &mut left, Decider::Memory, expires);
         }
         self.install(cold, (answer.grant_id, leased), left, (sent, expires), truth);
     }
@@ -399,9 +399,9 @@ impl Key {
 }
 
 /// Gives tokens to those in line, in their order, while there are enough for the first of them.
-fn serve(cold: &mut Cold, tokens: &mut u64, decider: Decider) {
+fn serve(cold: &mut Cold, tokens: &mut u64, decider: Decider, expires: Time) {
     while let Some(waiter) = cold.line.take_head(|head| !head.estimated && head.cost <= *tokens) {
-        let told = Told::Allowed { decider, grant_id: String::new() };
+        let told = Told::Allowed { decider, grant_id: String::new(), expires };
         if waiter.tell.send(told).is_ok() {
             *tokens -= waiter.cost;
         }

@@ -14,8 +14,8 @@ pub(super) const LINE_MOST: usize = 10_000;
 /// What a caller in the line is told.
 #[derive(Debug)]
 pub(super) enum Told {
-    /// It may go ahead, by the word of the server or a lease; an estimate has a grant.
-    Allowed { decider: Decider, grant_id: String },
+    /// It may go ahead before `expires`, by the word of the server or a lease; an estimate has a grant.
+    Allowed { decider: Decider, grant_id: String, expires: Time },
     /// It may not.
     Denied { reason: Reason, retry_after: Option<Duration> },
     /// The server could not be asked.

@@ -176,6 +176,24 @@ async fn a_server_that_hangs_costs_one_wait_and_no_more() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_told_to_a_process_that_was_stopped_meanwhile_is_not_spent() {
+    let fixture = fixture(bucket(100), OnUnreachable::Deny);
+    for estimated in [false, true] {
+        let limiter = fixture.limiter.clone();
+        let asked = tokio::spawn(async move {
+            if estimated { limiter.estimate(10).await.map(drop) } else { limiter.acquire(10).await }
+        });
+        // The answer is on its way, and the process is stopped for longer than what it tells is worth something.
+        time::sleep(Duration::from_micros(1_500)).await;
+        time::advance(Duration::from_secs(2)).await;
+        assert_eq!(asked.await.unwrap().unwrap_err().reason, Reason::Unreachable);
+    }
+    pass(1_200).await;
+    assert_eq!(fixture.server.grants(), 0, "the estimate is given back");
+    assert_eq!(fixture.limiter.acquire(1).await.map_err(|denied| denied.reason), Ok(()));
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_estimate_is_settled_once_and_one_that_nobody_gets_is_given_back() {
     let fixture = fixture(bucket(1_000), OnUnreachable::Deny);
     let estimate = fixture.limiter.estimate(100).await.unwrap();
