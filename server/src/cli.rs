@@ -8,8 +8,9 @@ use crate::config::{Config, ConfigError};
 
 /// One breaker panel for a whole fleet: rate limits shared by many instances of many services.
 ///
-/// Without a command, `fusebox` serves. Without a configuration it serves the namespace `demo`, with the
-/// policies `api` (100 a second, bursts of 200), `signup` (3 a minute) and `jobs` (one at a time).
+/// Without a command, `fusebox` serves. Without a configuration it serves the namespace `demo`, with the policies
+/// `api` (100 a second, bursts of 200), `signup` (3 a minute), `jobs` and `connections` (1 and 10 at the same time),
+/// `retries` (a fifth of the calls) and the breaker `payments`.
 #[derive(Debug, Parser)]
 #[command(name = "fusebox", version, args_conflicts_with_subcommands = true)]
 pub struct Cli {

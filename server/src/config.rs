@@ -451,7 +451,8 @@ mod tests {
                 policies.policies.keys().map(move |name| (namespace.as_str(), name.as_str()))
             })
             .collect();
-        assert_eq!(policies, ["api", "jobs", "payments", "signup"].map(|name| ("demo", name)));
+        let shown = ["api", "connections", "jobs", "payments", "retries", "signup"];
+        assert_eq!(policies, shown.map(|name| ("demo", name)));
         assert_eq!((demo.listen, demo.ops_listen), (default_listen(), default_ops_listen()));
         demo.check_exposure(false).unwrap();
     }
