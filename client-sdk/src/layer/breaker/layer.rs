@@ -1,4 +1,4 @@
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt};
 
 use tower::{BoxError, Layer};
 
@@ -50,5 +50,11 @@ impl<S, K: Clone, C: Clone> Layer<S> for BreakerLayer<K, C> {
 
     fn layer(&self, inner: S) -> Self::Service {
         Breaker::new(inner, self.breaker.clone(), self.key.clone(), self.classify.clone())
+    }
+}
+
+impl<K, C> fmt::Debug for BreakerLayer<K, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BreakerLayer").field("breaker", &self.breaker).finish_non_exhaustive()
     }
 }

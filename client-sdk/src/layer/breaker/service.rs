@@ -1,4 +1,7 @@
-use std::task::{Context, Poll};
+use std::{
+    fmt,
+    task::{Context, Poll},
+};
 
 use tower::{BoxError, Service};
 
@@ -49,5 +52,14 @@ where
         };
         let admission = Admission::new(admitted, &mut self.inner, request);
         ResponseFuture::new(admission, self.classify.clone())
+    }
+}
+
+impl<S: fmt::Debug, K, C> fmt::Debug for Breaker<S, K, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Breaker")
+            .field("inner", &self.inner)
+            .field("breaker", &self.breaker)
+            .finish_non_exhaustive()
     }
 }

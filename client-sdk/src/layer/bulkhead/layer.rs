@@ -1,4 +1,4 @@
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt};
 
 use tower::Layer;
 
@@ -35,5 +35,11 @@ impl<S, K: Clone> Layer<S> for BulkheadLayer<K> {
 
     fn layer(&self, inner: S) -> Self::Service {
         Bulkhead::new(inner, self.bulkhead.clone(), self.key.clone())
+    }
+}
+
+impl<K> fmt::Debug for BulkheadLayer<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BulkheadLayer").field("bulkhead", &self.bulkhead).finish_non_exhaustive()
     }
 }

@@ -1,4 +1,7 @@
-use std::task::{Context, Poll};
+use std::{
+    fmt,
+    task::{Context, Poll},
+};
 
 use tower::{BoxError, Service};
 
@@ -51,5 +54,14 @@ where
         });
         let admitted = Admitted::Asking(asking);
         ResponseFuture::new(Admission::new(admitted, &mut self.inner, request))
+    }
+}
+
+impl<S: fmt::Debug, K> fmt::Debug for Bulkhead<S, K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bulkhead")
+            .field("inner", &self.inner)
+            .field("bulkhead", &self.bulkhead)
+            .finish_non_exhaustive()
     }
 }

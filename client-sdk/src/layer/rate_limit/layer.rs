@@ -1,3 +1,5 @@
+use std::fmt;
+
 use tower::Layer;
 
 use super::RateLimit;
@@ -44,5 +46,11 @@ impl<S, K: Clone, C: Clone> Layer<S> for RateLimitLayer<K, C> {
 
     fn layer(&self, inner: S) -> Self::Service {
         RateLimit::new(inner, self.limiter.clone(), self.key.clone(), self.cost.clone())
+    }
+}
+
+impl<K, C> fmt::Debug for RateLimitLayer<K, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RateLimitLayer").field("limiter", &self.limiter).finish_non_exhaustive()
     }
 }

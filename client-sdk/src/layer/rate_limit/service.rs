@@ -1,4 +1,7 @@
-use std::task::{Context, Poll};
+use std::{
+    fmt,
+    task::{Context, Poll},
+};
 
 use tower::{BoxError, Service};
 
@@ -57,5 +60,14 @@ fn admit(limiter: &Limiter, key: Option<&str>, cost: u64) -> Admitted<()> {
             let limiter = key.map_or_else(|| limiter.clone(), |key| limiter.key(key));
             Admitted::Asking(Box::pin(async move { limiter.acquire(cost).await }))
         }
+    }
+}
+
+impl<S: fmt::Debug, K, C> fmt::Debug for RateLimit<S, K, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RateLimit")
+            .field("inner", &self.inner)
+            .field("limiter", &self.limiter)
+            .finish_non_exhaustive()
     }
 }

@@ -1,4 +1,4 @@
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt};
 
 use tower::Layer;
 
@@ -36,5 +36,11 @@ impl<S, P: Clone, K: Clone> Layer<S> for RetryLayer<P, K> {
 
     fn layer(&self, inner: S) -> Self::Service {
         Retry::new(inner, self.retry.clone(), self.policy.clone(), self.key.clone())
+    }
+}
+
+impl<P, K> fmt::Debug for RetryLayer<P, K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RetryLayer").field("retry", &self.retry).finish_non_exhaustive()
     }
 }

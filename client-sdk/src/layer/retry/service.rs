@@ -1,5 +1,5 @@
 use std::{
-    mem,
+    fmt, mem,
     task::{Context, Poll},
 };
 
@@ -47,5 +47,14 @@ where
         let clone = self.inner.clone();
         let ready = mem::replace(&mut self.inner, clone);
         ResponseFuture::new(ready, request, attempts, self.policy.clone())
+    }
+}
+
+impl<S: fmt::Debug, P, K> fmt::Debug for Retry<S, P, K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Retry")
+            .field("inner", &self.inner)
+            .field("retry", &self.retry)
+            .finish_non_exhaustive()
     }
 }
