@@ -132,7 +132,8 @@ impl Breaker {
     /// decision; dropped meanwhile it leaves the probe, if it was one, to the next call.
     ///
     /// # Errors
-    /// If the circuit is open.
+    /// If the circuit is open, is half-open and has no probe left, lets through only a share of the calls yet, or was
+    /// forced open. That the client is closed, or the server gone, is none.
     pub async fn admit(&self) -> Result<Permit, Rejected> {
         admit(&self.circuit).await
     }
@@ -140,7 +141,7 @@ impl Breaker {
     /// As [`admit`](Self::admit), for another key of the policy, which allocates nothing if its circuit is there.
     ///
     /// # Errors
-    /// If the circuit is open.
+    /// As [`admit`](Self::admit).
     pub async fn admit_for(&self, key: &str) -> Result<Permit, Rejected> {
         admit(&self.policy.circuit(key)).await
     }
@@ -151,7 +152,7 @@ impl Breaker {
     /// grants is had by the next call.
     ///
     /// # Errors
-    /// If the circuit is open.
+    /// As [`admit`](Self::admit); and with [`Reason::Undecided`](crate::Reason::Undecided) where the server would be asked.
     #[inline]
     pub fn try_admit(&self) -> Result<Permit, Rejected> {
         try_admit(&self.circuit)
@@ -161,7 +162,7 @@ impl Breaker {
     /// there.
     ///
     /// # Errors
-    /// If the circuit is open.
+    /// As [`try_admit`](Self::try_admit).
     pub fn try_admit_for(&self, key: &str) -> Result<Permit, Rejected> {
         try_admit(&self.policy.circuit(key))
     }
@@ -180,7 +181,7 @@ impl Breaker {
     /// abandoned.
     ///
     /// # Errors
-    /// If the circuit is open, or the call failed.
+    /// If it is not let through, as by [`admit`](Self::admit), or the call failed.
     pub async fn call<T, E>(
         &self,
         call: impl Future<Output = Result<T, E>>,
@@ -204,7 +205,7 @@ impl Breaker {
     /// ```
     ///
     /// # Errors
-    /// If the circuit is open, or the call failed.
+    /// If it is not let through, as by [`admit`](Self::admit), or the call failed.
     pub async fn call_with<T, E>(
         &self,
         classifier: &impl Classify<T, E>,

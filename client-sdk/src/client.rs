@@ -63,25 +63,29 @@ impl Client {
         ClientBuilder::new(endpoints.into_endpoints())
     }
 
-    /// The rate or window of a policy.
+    /// The rate or window of a policy, by its name: a token bucket, a window, or several of them.
+    ///
+    /// As all handles it is had at once, and asks nobody. That there is no such policy, or it is of another kind, shows
+    /// at the first call, and as [`Event::Refused`](crate::telemetry::Event::Refused).
     #[must_use]
     pub fn limiter(&self, policy: &str) -> Limiter {
         self.inner.limiters.of(policy)
     }
 
-    /// The permits of a policy.
+    /// The permits of a policy of kind `concurrency`.
     #[must_use]
     pub fn bulkhead(&self, policy: &str) -> Bulkhead {
         self.inner.bulkheads.of(policy)
     }
 
-    /// The circuits of a breaker.
+    /// The circuits of a policy of kind `breaker`. Of a name that the server does not know each process has its own
+    /// breakers all the same.
     #[must_use]
     pub fn breaker(&self, policy: &str) -> Breaker {
         self.inner.breakers.of(policy)
     }
 
-    /// Retries, paid for by a retry budget.
+    /// Retries, paid for by a policy of kind `retry_budget`. Without one, see [`Retry::local`].
     #[must_use]
     pub fn retry(&self, policy: &str) -> Retry {
         self.inner.retries.of(policy)

@@ -4,6 +4,11 @@
 //! [`Rejected`]; their `poll_ready` is that of the service within. What they know is in the handles: layers and
 //! services of one handle, and their clones, share it.
 //!
+//! The service within is to be `Clone`, since a call that has to wait takes along the one that was ready, and its errors
+//! are to be errors. How long a call may wait for what it asks is said to the handle, as by
+//! [`Limiter::max_wait`](crate::Limiter::max_wait). A call that is dropped leaves the line, or gives back what it holds; tokens
+//! that it was given stay spent, and what the target does with it is the target's.
+//!
 //! [`ResilienceLayer`] puts any of them around a service in the order that makes sense:
 //!
 //! ```no_run

@@ -36,7 +36,8 @@ impl Timeout {
         self.after
     }
 
-    /// Makes a call, and drops it when its time is over. One that is done at that moment is in time.
+    /// Makes a call, and drops it when its time is over. One that is done at that moment is in time. Dropping the future
+    /// drops the call.
     ///
     /// # Errors
     /// If its time was over.

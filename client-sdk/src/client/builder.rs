@@ -163,7 +163,8 @@ impl ClientBuilder {
     }
 
     /// How long a call waits for a decision that memory cannot make, before it is decided without the server. Up to
-    /// 60 s; default: 50 ms. Nothing waits while no session is up.
+    /// 60 s; default: 50 ms. While a session that was up is lost nothing waits; for the very first one the first calls
+    /// do, since it is nearly there.
     pub fn decide_within(self, wait: Duration) -> Self {
         Self { decide_within: wait, ..self }
     }
@@ -175,7 +176,7 @@ impl ClientBuilder {
     }
 
     /// What is done of policies that the server has never told of, while it cannot be reached. Default:
-    /// [`Fallback::Allow`].
+    /// [`Fallback::Allow`]. Of all others their own `on_unreachable` says it.
     pub fn fallback(self, fallback: Fallback) -> Self {
         Self { fallback, ..self }
     }
@@ -220,10 +221,10 @@ impl ClientBuilder {
         Self { seed: Some(seed), ..self }
     }
 
-    /// A client, which connects in the background. Returns at once, and whatever the network does it is the same.
+    /// A client, which connects in the background. Returns at once, whether or not there is a server.
     ///
     /// # Errors
-    /// If an option is wrong, or if it is not called within a tokio runtime.
+    /// If an option is wrong, or if it is not called within a tokio runtime. Never because of the network.
     pub fn build(self) -> Result<Client, BuildError> {
         let runtime = tokio::runtime::Handle::try_current().map_err(|_| BuildError::Runtime)?;
         self.check()?;

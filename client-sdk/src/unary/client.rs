@@ -45,7 +45,7 @@ pub enum Error {
 }
 
 impl Client {
-    /// Connects to a server, such as `http://127.0.0.1:3873`.
+    /// Connects to a server, such as `http://127.0.0.1:3873`. Dropping the future gives it up.
     ///
     /// # Errors
     /// If the address is not one, or nobody answers there within five seconds.
@@ -75,6 +75,8 @@ impl Client {
 
     /// Asks for 1 to 16 things together: all are charged, or none is.
     ///
+    /// Takes at most five seconds. Dropped before it is answered it is perhaps charged.
+    ///
     /// # Errors
     /// If there is no decision. [`Error::Status`] with `UNAVAILABLE`, `DEADLINE_EXCEEDED` or `CANCELLED` is
     /// "not admitted, perhaps charged"; every other code charged nothing.
@@ -87,6 +89,8 @@ impl Client {
     }
 
     /// Tells how granted calls went; answers for each, in order.
+    ///
+    /// Takes at most five seconds. Dropped before it is answered it has perhaps counted; telling it again is safe.
     ///
     /// # Errors
     /// If the server could not take the report.
