@@ -15,7 +15,7 @@ use fusebox_client::{
     breaker::Local,
     layer::{BreakerLayer, RateLimitLayer, ResilienceLayer},
 };
-use fusebox_tests::server::Server;
+use fusebox_tests::Server;
 use tokio::runtime::{Builder, Runtime};
 use tower::{BoxError, Layer, Service, service_fn};
 
