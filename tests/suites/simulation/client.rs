@@ -56,11 +56,7 @@ impl Process {
 
     fn rejected(&self, policy: &'static str, began: Duration, rejected: &Rejected) {
         let after = now().saturating_sub(began);
-        self.note(What::Rejected {
-            policy,
-            decider: rejected.decider,
-            after: after + rejected.retry_after.unwrap_or_default(),
-        });
+        self.note(What::Rejected { policy, decider: rejected.decider, after });
     }
 
     async fn pause(&self, millis: std::ops::Range<u64>) {
