@@ -24,7 +24,7 @@ async fn main() -> Result<(), BoxError> {
 
     let client = Client::connect(address.as_str()).namespace(namespace).build()?;
     let channel = Channel::from_shared(address)?.connect_lazy();
-    let (served, failed) = run(&client, channel, 300).await;
+    let (served, failed) = run(&client, channel, 1_000).await;
     println!("{served} calls were served, {} were not", failed.len());
     if let Some(status) = failed.last() {
         println!("the last of them: {:?}: {}", status.code(), status.message());
