@@ -16,7 +16,11 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let address = arguments.next().unwrap_or_else(|| "http://127.0.0.1:3873".to_owned());
     let namespace = arguments.next().unwrap_or_else(|| "demo".to_owned());
 
-    let client = Client::connect(address.as_str()).namespace(namespace).build()?;
+    // A permit is worth a wait that a call would not be: to connect takes as long.
+    let client = Client::connect(address.as_str())
+        .namespace(namespace)
+        .decide_within(Duration::from_secs(2))
+        .build()?;
     let (connections, rejected) = run(&client, address.trim_start_matches("http://")).await?;
     println!("two pools have {connections} connections together; the next: {rejected}");
     client.close().await;
