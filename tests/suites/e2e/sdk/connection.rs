@@ -7,6 +7,9 @@ use std::{
 };
 
 use fusebox_client::{Client, ClientBuilder, Tls, telemetry::Event};
+use fusebox_proto::v1::{
+    DeletePolicyRequest, Policy, PutPolicyRequest, RetryBudget, admin_client::AdminClient, policy,
+};
 use fusebox_tests::{Fault, PATIENCE, Proxy, Server, eventually};
 use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
@@ -18,7 +21,7 @@ use tokio_rustls::{
     },
 };
 
-use crate::CONFIG;
+use crate::{CONFIG, ask, caller::serve, request};
 
 /// What a client was told, in words.
 #[derive(Clone, Default)]
@@ -74,6 +77,76 @@ async fn after_a_reset_the_session_is_up_again() {
     proxy.set(Fault::None);
     connects(&client, 2).await;
     assert_eq!(client.counts().disconnects, 1);
+}
+
+#[tokio::test]
+async fn a_report_counts_once_though_the_link_broke_before_its_answer() {
+    let server = serve("share: {retry_budget: {ratio: 100%, min_per_second: 0, ttl: 1m}}").await;
+    let proxy = Proxy::to(server.grpc).await;
+    let client = client(&[proxy.url()]);
+    connected(&client).await;
+    let raw = server.raw().await;
+    // What pays for retries is told in reports.
+    let paid = async || {
+        let request = request([ask("share", "", 0)]);
+        let answer = raw.clone().acquire(request).await.unwrap().into_inner();
+        answer.verdicts[0].remaining.unwrap()
+    };
+    let retry = client.retry("share");
+    let calls = |calls| (0..calls).for_each(|_| drop(retry.attempts()));
+    calls(10);
+    eventually("it is told", async || paid().await == 10).await;
+    proxy.set(Fault::DeafClient);
+    calls(20);
+    eventually("it is told, and the answer on its way", async || paid().await == 30).await;
+    proxy.set(Fault::Reset);
+    eventually("it is down", async || !client.is_connected()).await;
+    proxy.set(Fault::None);
+    connects(&client, 2).await;
+    calls(5);
+    eventually("what came after it is told", async || paid().await >= 35).await;
+    client.close().await;
+    assert_eq!(paid().await, 35);
+}
+
+#[tokio::test]
+async fn a_policy_that_is_deleted_takes_nothing_of_the_others_along() {
+    let server = serve("share: {retry_budget: {ratio: 100%, min_per_second: 0, ttl: 1m}}").await;
+    let mut operator = AdminClient::new(server.channel().await);
+    let budget = RetryBudget {
+        ratio_basis_points: Some(10_000),
+        min_per_second: Some(0),
+        ttl: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
+    };
+    let kind = Some(policy::Kind::RetryBudget(budget));
+    let put = PutPolicyRequest {
+        namespace: "test".into(),
+        name: "gone".into(),
+        policy: Some(Policy { kind, ..Default::default() }),
+        ..Default::default()
+    };
+    operator.put_policy(put).await.unwrap();
+    let proxy = Proxy::to(server.grpc).await;
+    let client = client(&[proxy.url()]);
+    connected(&client).await;
+    let raw = server.raw().await;
+    let paid = async |policy| {
+        let answer = raw.clone().acquire(request([ask(policy, "", 0)])).await.unwrap();
+        answer.into_inner().verdicts[0].remaining.unwrap()
+    };
+    let (kept, gone) = (client.retry("share"), client.retry("gone"));
+    drop((kept.attempts(), gone.attempts()));
+    eventually("both are told", async || paid("share").await + paid("gone").await == 2).await;
+    // While the link is down it does not hear of it.
+    proxy.set(Fault::Reset);
+    eventually("it is down", async || !client.is_connected()).await;
+    let policy =
+        DeletePolicyRequest { namespace: "test".into(), name: "gone".into(), ..Default::default() };
+    operator.delete_policy(policy).await.unwrap();
+    (0..10).for_each(|_| drop((kept.attempts(), gone.attempts())));
+    proxy.set(Fault::None);
+    connects(&client, 2).await;
+    eventually("the other is told", async || paid("share").await == 11).await;
 }
 
 #[tokio::test]
