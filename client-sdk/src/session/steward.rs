@@ -314,6 +314,8 @@ impl Steward {
             }
         }
         let Some(first) = self.first else { return };
+        self.add_late_ends();
+        self.say_reports(first, self.now());
         self.command(first, What::Close);
         while !self.closed
             && self.first == Some(first)
@@ -321,6 +323,15 @@ impl Steward {
         {
             self.hear(told);
         }
+    }
+
+    /// Adds ends of what was granted while it was said: leases that were under way. Nothing is decided by the answer,
+    /// so none is waited for.
+    fn add_late_ends(&mut self) {
+        let now = self.now();
+        let mut late = Draft::default();
+        self.parts().for_each(|part| part.report(&mut late, now));
+        self.reports.add(Draft { outcomes: late.outcomes, ..Draft::default() });
     }
 
     /// Asks the parts for all that they hold.

@@ -795,6 +795,24 @@ async fn who_closes_says_all_that_is_left_and_goodbye_and_ends_the_session() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_granted_while_the_client_closes_is_given_back_before_it_ends() {
+    let net = Net::default();
+    let mut sessions = net.serve("a");
+    let client = net.client(&["a"], 1);
+    let mut peer = Peer::welcomed(&mut sessions, "t", 1).await;
+    client.wire.is_connected().await;
+    let wire = Arc::clone(&client.wire);
+    tokio::spawn(async move { wire.close().await });
+    let (id, goodbye) = peer.reported().await;
+    assert!(goodbye.goodbye);
+    client.part.drafts.lock().push(saying(2, 3));
+    peer.tell(id, Response::Report(v1::ReportResponse::default())).await;
+    let (_, late) = peer.reported().await;
+    assert_eq!((late.outcomes.len(), late.deltas.len()), (2, 0));
+    assert!(matches!(peer.next().await, Some((_, Request::Close(_)))));
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_closes_does_not_wait_for_ever() {
     let net = Net::default();
     let mut sessions = net.serve("a");
