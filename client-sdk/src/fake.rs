@@ -297,6 +297,8 @@ pub(crate) struct Lane {
     pub(crate) hangs: AtomicBool,
     /// What is asked is decided, and the answer lost with the session, so many times.
     pub(crate) loses: AtomicUsize,
+    /// There is no such policy.
+    pub(crate) is_unknown: AtomicBool,
     /// Refuses messages that ask for more than this.
     pub(crate) most: AtomicU64,
     /// Messages that asked, how many questions were in the last one, and how many are under way, at most.
@@ -323,6 +325,7 @@ impl Lane {
             up: AtomicBool::new(true),
             hangs: AtomicBool::new(false),
             loses: AtomicUsize::new(0),
+            is_unknown: AtomicBool::new(false),
             most: AtomicU64::new(u64::MAX),
             asked: AtomicUsize::new(0),
             questions: AtomicUsize::new(0),
@@ -430,7 +433,10 @@ impl Exchange for Lane {
                 time::sleep(Duration::from_millis(1)).await;
             }
             let most = lane.most.load(Ordering::Relaxed);
-            let answers = if questions.iter().any(|question| question.cost > most) {
+            let answers = if lane.is_unknown.load(Ordering::Relaxed) {
+                let message = "unknown policy".into();
+                Err(Unanswered::Refused { code: tonic::Code::NotFound, message })
+            } else if questions.iter().any(|question| question.cost > most) {
                 let message = "never possible".into();
                 Err(Unanswered::Refused { code: tonic::Code::InvalidArgument, message })
             } else if questions.iter().any(|question| lane.server.differs(question)) {

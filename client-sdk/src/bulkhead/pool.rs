@@ -347,7 +347,8 @@ impl Pool {
                         | tonic::Code::Internal
                         | tonic::Code::Unknown
                 );
-                if is_mistake {
+                // That there is no such policy is said once, whoever asks.
+                if is_mistake && (code != tonic::Code::NotFound || self.binding.is_refused()) {
                     self.tell_refused(code, &message);
                 }
                 for waiter in waiters {

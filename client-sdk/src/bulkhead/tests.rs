@@ -243,3 +243,13 @@ async fn who_waits_for_longer_than_a_permit_lives_stands_in_line_all_the_time() 
     pass(20_000).await;
     assert!(!permit.is_expired() && fixture.server.grants() == 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_that_is_not_there_is_refused_at_once_and_said_once() {
+    let fixture = fixture(1, OnUnreachable::Deny);
+    fixture.lane.is_unknown.store(true, Ordering::Relaxed);
+    for _ in 0..5 {
+        assert_eq!(fixture.waiting().acquire().await.unwrap_err().reason, Reason::Refused);
+    }
+    assert_eq!(fixture.heard("Refused"), 1);
+}

@@ -248,8 +248,11 @@ impl Key {
         let cost = waiter.as_ref().filter(|_| is_cost).map_or(0, |waiter| waiter.cost);
         let priority = waiter.as_ref().map_or(Priority::Critical, |waiter| waiter.priority);
         self.remember_denial(cost, priority, Reason::Refused, now.after(REFUSED_FOR), now);
-        let (policy, key) = (&*self.binding.policy, &*self.binding.key);
-        self.context.telemetry.tell(&Event::Refused { policy, key, code, message });
+        // That there is no such policy is said once, whoever asks.
+        if code != tonic::Code::NotFound || self.binding.is_refused() {
+            let (policy, key) = (&*self.binding.policy, &*self.binding.key);
+            self.context.telemetry.tell(&Event::Refused { policy, key, code, message });
+        }
         if let Some(waiter) = waiter {
             let told = Told::Denied { reason: Reason::Refused, retry_after: None };
             let _ = waiter.tell.send(told);

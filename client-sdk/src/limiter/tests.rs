@@ -223,6 +223,19 @@ async fn one_cost_that_is_never_possible_is_refused_and_takes_nobody_along() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_policy_that_is_not_there_is_refused_at_once_and_said_once() {
+    let fixture = fixture(bucket(1_000), OnUnreachable::Deny);
+    fixture.lane.is_unknown.store(true, Ordering::Relaxed);
+    for _ in 0..5 {
+        let asked = fixture.lane.now();
+        assert_eq!(fixture.limiter.acquire(1).await.unwrap_err().reason, Reason::Refused);
+        assert!(crate::fake::millis_since(asked, fixture.lane.now()) <= 5);
+        pass(1_100).await;
+    }
+    assert_eq!(fixture.events.lock().iter().filter(|e| e.contains("Refused")).count(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn leases_of_another_truth_are_worth_nothing_and_those_of_a_restart_last() {
     let fixture = fixture(bucket(1_000), OnUnreachable::Deny);
     fixture.spend(1).await;
