@@ -477,7 +477,7 @@ impl Exchange for Lane {
 
     fn bind(&self, policy: &str, key: &str) -> Arc<Binding> {
         let mut bindings = self.bindings.lock();
-        let binding = bindings.entry(key.to_owned()).or_insert_with(|| {
+        let binding = bindings.entry(format!("{policy} {key}")).or_insert_with(|| {
             let binding = Binding::new(policy, key, 1);
             if self.tells.load(Ordering::Relaxed) {
                 let clients = u32::try_from(self.clients.load(Ordering::Relaxed)).unwrap();

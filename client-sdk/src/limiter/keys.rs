@@ -40,6 +40,10 @@ pub(super) struct Family {
 type Shard = RwLock<HashTable<Arc<Key>>>;
 
 impl Family {
+    fn is_empty(&self) -> bool {
+        self.shards.iter().all(|shard| shard.read().is_empty())
+    }
+
     /// Where a key is, and by which hash: one does for both, since a table goes by other bits of it.
     #[inline]
     fn shard(&self, key: &str) -> (&Shard, u64) {
@@ -114,6 +118,9 @@ impl Keys {
     pub(super) fn retain(&self, mut stays: impl FnMut(&Arc<Key>) -> bool) {
         // Held all along, so that no key is missing where somebody adds up counts; who begins a new one waits.
         self.all.lock().retain(|key| stays(key) || !self.leave(key));
+        // Nobody comes by another while they are locked.
+        let mut families = self.families.lock();
+        families.retain(|_, family| Arc::strong_count(family) > 1 || !family.is_empty());
     }
 
     fn leave(&self, key: &Arc<Key>) -> bool {
@@ -129,5 +136,12 @@ impl Keys {
         }
         self.count.fetch_sub(1, Ordering::Relaxed);
         true
+    }
+}
+
+#[cfg(test)]
+impl Keys {
+    pub(super) fn policies(&self) -> usize {
+        self.families.lock().len()
     }
 }

@@ -141,6 +141,17 @@ async fn an_idle_key_gives_back_what_it_leased_and_leaves_memory() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_policy_that_nobody_uses_leaves_memory() {
+    let fixture = fixture(bucket(1_000), OnUnreachable::Deny);
+    for name in 0..10 {
+        fixture.part.of(&format!("policy{name}")).acquire(1).await.unwrap();
+    }
+    assert_eq!(fixture.part.keys.policies(), 11);
+    pass(2_500).await;
+    assert_eq!(fixture.part.keys.policies(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn leases_serve_without_a_server_until_they_expire_and_then_the_policy_decides() {
     for (on_unreachable, had) in
         [(OnUnreachable::Allow, 1_000), (OnUnreachable::Deny, 0), (OnUnreachable::Local, 50)]
