@@ -122,7 +122,7 @@ fn check(book: &[(u64, Said)], chronicle: &Chronicle, end: u64) {
 }
 
 fn start(observer: &Observer, proxy: &Proxy, number: u64) -> Client {
-    Client::start("greedy", number, &observer.path(), &proxy.url())
+    Client::start("moody", number, &observer.path(), &proxy.url())
 }
 
 /// Kills the server, and has another one go on from what it left.

@@ -7,7 +7,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -43,7 +43,7 @@ pub fn play() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         match &*role {
-            "greedy" => greedy(builder, number, pen).await,
+            "moody" => moody(builder, number, pen).await,
             "steady" => steady(builder, pen).await,
             "survivor" => survivor(builder, pen).await,
             _ => panic!("there is no role `{role}`"),
@@ -51,42 +51,56 @@ pub fn play() {
     });
 }
 
-/// Spends as much as it can have, in every way, and holds permits.
-async fn greedy(builder: ClientBuilder, number: u64, pen: Pen) {
+/// Spends in every way, and holds permits. For a while it wants less than its share, so that it has leases to be stopped
+/// with; then as much as it can have, so that it spends at once what the others did not see.
+async fn moody(builder: ClientBuilder, number: u64, pen: Pen) {
     let client = builder.fallback(Fallback::Deny).build().unwrap();
     let mut chance = Chance::new(number);
     let (limiter, bulkhead) = (client.limiter("tokens"), client.bulkhead("permits"));
+    let greedy = Arc::new(AtomicBool::new(false));
     for max_wait in [millis(0), millis(200), millis(1_500)] {
         let limiter = limiter.clone().max_wait(max_wait);
-        tokio::spawn(spend(limiter, chance.fork(), pen.clone()));
+        tokio::spawn(spend(limiter, Arc::clone(&greedy), chance.fork(), pen.clone()));
     }
-    tokio::spawn(spend_of_memory(limiter, chance.fork(), pen.clone()));
+    tokio::spawn(spend_of_memory(limiter, Arc::clone(&greedy), chance.fork(), pen.clone()));
     let permits = Arc::new(AtomicU64::new(number << 32));
     for max_wait in [millis(0), millis(300), millis(300)] {
         let bulkhead = bulkhead.clone().max_wait(max_wait);
         tokio::spawn(hold(bulkhead, chance.fork(), Arc::clone(&permits), pen.clone()));
     }
-    std::future::pending().await
+    loop {
+        sleep(millis(500) + chance.below(millis(2_500))).await;
+        greedy.store(true, Ordering::Relaxed);
+        sleep(chance.below(millis(1_000))).await;
+        greedy.store(false, Ordering::Relaxed);
+    }
 }
 
-async fn spend(limiter: Limiter, mut chance: Chance, pen: Pen) {
+async fn spend(limiter: Limiter, greedy: Arc<AtomicBool>, mut chance: Chance, pen: Pen) {
     loop {
-        let tokens = chance.within(1..9);
+        let tokens = chance.within(1..5);
         let (decided, (from, to)) = timed(limiter.acquire(tokens)).await;
-        match decided {
-            Ok(()) => pen.says(&Said::Spent { tokens, from, to }),
-            Err(_) => sleep(chance.below(millis(20))).await,
+        if decided.is_ok() {
+            pen.says(&Said::Spent { tokens, from, to });
+        }
+        match (greedy.load(Ordering::Relaxed), decided) {
+            (true, Ok(())) => {}
+            (true, Err(_)) => sleep(chance.below(millis(20))).await,
+            (false, _) => sleep(chance.below(millis(200))).await,
         }
     }
 }
 
-async fn spend_of_memory(limiter: Limiter, mut chance: Chance, pen: Pen) {
+async fn spend_of_memory(limiter: Limiter, greedy: Arc<AtomicBool>, mut chance: Chance, pen: Pen) {
     loop {
         let from = now();
-        if limiter.try_acquire(1).is_ok() {
+        let decided = limiter.try_acquire(1);
+        if decided.is_ok() {
             pen.says(&Said::Spent { tokens: 1, from, to: now() });
         }
-        sleep(chance.below(millis(10))).await;
+        if decided.is_err() || !greedy.load(Ordering::Relaxed) {
+            sleep(chance.below(millis(50))).await;
+        }
     }
 }
 
