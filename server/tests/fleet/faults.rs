@@ -116,7 +116,7 @@ fn check(book: &[(u64, Said)], chronicle: &Chronicle, end: u64) {
 
     // A fleet that does nothing does nothing wrong.
     let could = RATE * FOR.as_secs();
-    assert!(spent >= could / 4, "{spent} tokens of {could} were spent: too few to tell");
+    assert!(spent >= could / 8, "{spent} tokens of {could} were spent: too few to tell");
     assert_eq!(held, PERMITS, "permits that were never all held do not tell");
     assert!(!droughts.is_empty() && faults.len() >= 5, "too little went wrong: {faults:?}");
 }
