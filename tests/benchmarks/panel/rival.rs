@@ -11,14 +11,15 @@ use fusebox_proto::{
     v1::{
         AcquireBatchRequest, AcquireBatchResponse, AcquireRequest, AcquireResponse, Ask,
         CircuitMode, CircuitState, CircuitStatus, Decision, Evidence, ReportRequest,
-        ReportResponse, ReportResult, Verdict, WatchRequest, WatchResponse,
+        ReportResponse, ReportResult, SessionRequest, SessionResponse, Verdict, WatchRequest,
+        WatchResponse,
         resilience_server::{Resilience, ResilienceServer},
     },
 };
 use tokio::{net::TcpListener, runtime::Runtime, sync::watch};
 use tokio_stream::{StreamExt, wrappers::WatchStream};
 use tonic::{
-    Request, Response, Status,
+    Request, Response, Status, Streaming,
     codegen::BoxStream,
     transport::{Server, server::TcpIncoming},
 };
@@ -90,6 +91,15 @@ impl Resilience for Constant {
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let failed = WatchStream::new(self.failed.subscribe());
         Ok(Response::new(Box::pin(failed.map(|version| Ok(opened(version))))))
+    }
+
+    type SessionStream = BoxStream<SessionResponse>;
+
+    async fn session(
+        &self,
+        _: Request<Streaming<SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        Err(Status::unimplemented("nobody measures it"))
     }
 }
 

@@ -41,7 +41,8 @@ impl Contestant {
     ) -> Self {
         let begin = move || {
             let mut act = begin();
-            Box::new(move |times| (0..times).map(|_| u32::from(black_box(act()))).sum()) as Work
+            Box::new(move |times: u32| (0..times).map(|_| u32::from(black_box(act()))).sum())
+                as Work
         };
         Self { name, begin: Box::new(begin) }
     }
