@@ -1,6 +1,6 @@
 //! A process of a fleet in the simulation: its calls, and what it writes down of them.
 
-use std::{future::pending, sync::Arc, time::Duration};
+use std::{future::pending, ops::Range, sync::Arc, time::Duration};
 
 use fusebox_client::{Client, Clock, Decider, Fallback, Rejected};
 use hyper_util::rt::TokioIo;
@@ -42,9 +42,11 @@ impl Process {
             .build()?;
         for policy in ["strict", "open", "slow"] {
             for _ in 0..2 {
-                tokio::spawn(self.clone().spends(client.clone(), policy));
+                tokio::spawn(self.clone().spends(client.clone(), policy, 3..40));
             }
         }
+        // Leases of it outlive the need, so that some are there when things go wrong.
+        tokio::spawn(self.clone().spends(client.clone(), "calm", 1..300));
         tokio::spawn(self.clone().holds(client.clone()));
         tokio::spawn(self.calls(client));
         pending().await
@@ -59,12 +61,12 @@ impl Process {
         self.note(What::Rejected { policy, decider: rejected.decider, after });
     }
 
-    async fn pause(&self, millis: std::ops::Range<u64>) {
+    async fn pause(&self, millis: Range<u64>) {
         sleep(Duration::from_millis(self.chance.within(millis))).await;
     }
 
     /// Spends as much as it may, once it was told of the policy.
-    async fn spends(self, client: Client, policy: &'static str) {
+    async fn spends(self, client: Client, policy: &'static str, pauses: Range<u64>) {
         let limiter = client.limiter(policy);
         let mut knows = false;
         loop {
@@ -80,7 +82,7 @@ impl Process {
                 }
                 Err(_) => {}
             }
-            self.pause(3..40).await;
+            self.pause(pauses.clone()).await;
         }
     }
 

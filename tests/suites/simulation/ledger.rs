@@ -32,6 +32,9 @@ pub enum What {
     LetGo {
         permit: u64,
     },
+    /// Nothing reaches the process from the server, from here on; or things may again.
+    CutOff,
+    Mended,
     /// A call reached the target, and how it went.
     Called {
         success: bool,
@@ -79,6 +82,28 @@ impl Promise {
                 self.policy,
                 allowed * 1_000 / SECOND
             );
+        }
+    }
+}
+
+/// Who is cut off spends what it has leased for as long as a lease lives, and then nothing.
+///
+/// # Panics
+/// If somebody does.
+pub fn check_droughts(entries: &[Entry], promises: &[Promise]) {
+    let mut since = BTreeMap::new();
+    for entry in entries {
+        match entry.what {
+            // Of two cuts the first counts.
+            What::CutOff => _ = since.entry(entry.client).or_insert(entry.at),
+            What::Mended => _ = since.remove(&entry.client),
+            What::Spent { policy, .. } => {
+                let promise = promises.iter().find(|promise| promise.policy == policy);
+                let cut = since.get(&entry.client);
+                let Some((promise, cut)) = promise.zip(cut) else { continue };
+                assert!(entry.at < *cut + promise.lease, "cut off at {cut:?}: {entry:?}");
+            }
+            _ => {}
         }
     }
 }
@@ -154,6 +179,13 @@ mod tests {
     #[should_panic(expected = "beyond the rate")]
     fn one_token_more_breaks_it() {
         PROMISE.check(&[spent_at(0, 5), spent_at(5_000, 15), spent_at(5_100, 7)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "cut off at")]
+    fn a_lease_that_outlives_its_time_is_seen() {
+        let cut_off = Entry { at: Duration::ZERO, client: 0, what: What::CutOff };
+        check_droughts(&[cut_off, spent_at(999, 1), spent_at(1_000, 1)], &[PROMISE]);
     }
 
     #[test]

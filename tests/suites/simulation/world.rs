@@ -36,6 +36,7 @@ namespaces:
       strict: {token_bucket: {limit: 200, per: 1s}, on_unreachable: deny}
       open: {token_bucket: {limit: 200, per: 1s}, on_unreachable: allow}
       slow: {token_bucket: {limit: 1000, per: 20s, burst: 100}, on_unreachable: deny}
+      calm: {token_bucket: {limit: 200, per: 1s}, on_unreachable: deny}
       permits: {concurrency: {limit: 2, ttl: 3s}}
       target:
         breaker:
@@ -48,8 +49,9 @@ namespaces:
 ";
 
 /// Those that the ledger is held to. A lease lives for a second.
-const PROMISES: [Promise; 2] = [
+const PROMISES: [Promise; 3] = [
     Promise { policy: "strict", rate_per_second: 200, burst: 200, lease: Duration::from_secs(1) },
+    Promise { policy: "calm", rate_per_second: 200, burst: 200, lease: Duration::from_secs(1) },
     Promise { policy: "slow", rate_per_second: 50, burst: 100, lease: Duration::from_secs(1) },
 ];
 
@@ -171,6 +173,7 @@ impl World {
                 }
                 // Nobody is told: connections that end by themselves would end in an order of their own.
                 (0..PROCESSES).for_each(|index| self.sim.partition("server", name(index)));
+                (0..PROCESSES).for_each(|index| self.note(index, What::CutOff));
                 self.sim.crash("server");
                 self.disk.lose_power();
                 back_in
@@ -186,16 +189,19 @@ impl World {
             }
             Trouble::Cut { process, mended_in } => {
                 self.sim.partition("server", name(process));
+                self.note(process, What::CutOff);
                 mended_in
             }
             Trouble::OneWay { process, to_server, mended_in } => {
                 let (from, to) = (name(process), "server".to_owned());
                 let (from, to) = if to_server { (from, to) } else { (to, from) };
                 self.sim.partition_oneway(from, to);
+                self.note(process, What::CutOff);
                 mended_in
             }
             Trouble::Held { process, let_go_in } => {
                 self.sim.hold("server", name(process));
+                self.note(process, What::CutOff);
                 let_go_in
             }
             Trouble::Target => {
@@ -211,18 +217,30 @@ impl World {
         match trouble {
             Trouble::PowerCut { .. } => {
                 self.sim.bounce("server");
-                (0..PROCESSES).for_each(|index| self.sim.repair("server", name(index)));
+                (0..PROCESSES).for_each(|index| self.mend(index));
             }
             Trouble::Death { process, .. } => {
                 self.sim.bounce(name(process));
-                self.sim.repair("server", name(process));
+                self.mend(process);
             }
             Trouble::Cut { process, .. } | Trouble::OneWay { process, .. } => {
-                self.sim.repair("server", name(process));
+                self.mend(process);
             }
-            Trouble::Held { process, .. } => self.sim.release("server", name(process)),
+            Trouble::Held { process, .. } => {
+                self.sim.release("server", name(process));
+                self.note(process, What::Mended);
+            }
             Trouble::Target => {}
         }
+    }
+
+    fn mend(&self, process: usize) {
+        self.sim.repair("server", name(process));
+        self.note(process, What::Mended);
+    }
+
+    fn note(&self, client: usize, what: What) {
+        self.ledger.lock().push(Entry { at: self.now(), client, what });
     }
 
     /// Who is dead holds nothing.
@@ -252,6 +270,7 @@ impl World {
         drop(self.sim);
         let entries = std::mem::take(&mut *self.ledger.lock());
         PROMISES.iter().for_each(|promise| promise.check(&entries));
+        ledger::check_droughts(&entries, &PROMISES);
         ledger::check_permits(&entries, 2);
         ledger::check_allowed(&entries, "open");
         // Within `decide_within`, and what a runtime's timers may be late.
@@ -259,7 +278,7 @@ impl World {
         // All is well again: what there is to spend is spent, and everybody calls.
         let well = TROUBLE + PEACE - WELL..TROUBLE + PEACE;
         let seconds = WELL.as_secs();
-        for promise in PROMISES {
+        for promise in PROMISES.iter().filter(|promise| promise.policy != "calm") {
             let spent = ledger::spent(&entries, promise.policy, well.clone());
             let steady = promise.rate_per_second * seconds;
             assert!(spent * 100 >= steady * 95, "{spent} of {steady} of `{}`", promise.policy);
