@@ -32,12 +32,13 @@ mod tests;
 
 use std::{pin::Pin, sync::Arc};
 
+use fusebox_core::Time;
 use thiserror::Error;
 
 pub(crate) use self::registry::Breakers;
 use self::{
     circuit::{Circuit, Decided},
-    permit::{Crossing, Free},
+    permit::{Crossing, Free, Pass},
     registry::Policy,
 };
 pub use self::{
@@ -211,9 +212,12 @@ impl Breaker {
         classifier: &impl Classify<T, E>,
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, CallError<E>> {
-        let crossing = match Free::cross(&self.circuit) {
-            Some(free) => Crossing::Free(free),
-            None => Crossing::Held(self.admit().await?),
+        let crossing = match self.circuit.cross() {
+            Ok((word, began)) => Crossing::Free(Free::new(&self.circuit, word, began)),
+            Err(now) => Crossing::Held(match decide(&self.circuit, now) {
+                Ok(decided) => decided?,
+                Err(asking) => asking.await?,
+            }),
         };
         let result = call.await;
         crossing.record(classifier.classify(&result));
@@ -223,15 +227,23 @@ impl Breaker {
 
 #[inline]
 async fn admit(circuit: &Arc<Circuit>) -> Result<Permit, Rejected> {
-    match circuit.admit(true) {
-        Decided::Now(decided) => decided,
-        Decided::Asked(offer) => circuit.offered(offer).await,
+    match admit_now(circuit) {
+        Ok(decided) => decided,
+        Err(asking) => asking.await,
     }
 }
 
 #[inline]
 fn admit_now(circuit: &Arc<Circuit>) -> Result<Admitted, Asking> {
-    match circuit.admit(true) {
+    match circuit.cross() {
+        Ok((word, now)) => Ok(Ok(Permit::new(Arc::clone(circuit), Pass::Free, word, now))),
+        Err(now) => decide(circuit, now),
+    }
+}
+
+/// What is waited for is boxed, so that a caller who need not wait carries nothing of it along.
+fn decide(circuit: &Arc<Circuit>, now: Time) -> Result<Admitted, Asking> {
+    match circuit.decide(now, true) {
         Decided::Now(decided) => Ok(decided),
         Decided::Asked(offer) => {
             let circuit = Arc::clone(circuit);
@@ -242,10 +254,13 @@ fn admit_now(circuit: &Arc<Circuit>) -> Result<Admitted, Asking> {
 
 #[inline]
 fn try_admit(circuit: &Arc<Circuit>) -> Result<Permit, Rejected> {
-    match circuit.admit(false) {
-        Decided::Now(decided) => decided,
-        // Only who waits is asked for.
-        Decided::Asked(_) => Err(circuit.is_undecided()),
+    match circuit.cross() {
+        Ok((word, now)) => Ok(Permit::new(Arc::clone(circuit), Pass::Free, word, now)),
+        Err(now) => match circuit.decide(now, false) {
+            Decided::Now(decided) => decided,
+            // Only who waits is asked for.
+            Decided::Asked(_) => Err(circuit.is_undecided()),
+        },
     }
 }
 

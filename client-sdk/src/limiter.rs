@@ -192,8 +192,12 @@ impl Limiter {
     /// it is used up; if there is no such policy, or so many tokens are never possible; or if the client is closed.
     #[inline]
     pub async fn acquire(&self, cost: u64) -> Result<(), Rejected> {
-        match self.recall(&self.key, cost, self.max_wait > Duration::ZERO) {
-            Some(decided) => decided,
+        let now = self.key.clock.now();
+        if cost == 0 || self.key.spend(cost, now) {
+            return Ok(());
+        }
+        match self.recall_denial(&self.key, cost, self.max_wait > Duration::ZERO, now) {
+            Some(denied) => Err(denied),
             None => self.ask(&self.key, cost).await,
         }
     }
@@ -216,8 +220,12 @@ impl Limiter {
     /// for, so that the next try may have one: not of policies that are not leased, which are always undecided.
     #[inline]
     pub fn try_acquire(&self, cost: u64) -> Result<(), Rejected> {
-        match self.recall(&self.key, cost, false) {
-            Some(decided) => decided,
+        let now = self.key.clock.now();
+        if cost == 0 || self.key.spend(cost, now) {
+            return Ok(());
+        }
+        match self.recall_denial(&self.key, cost, false, now) {
+            Some(denied) => Err(denied),
             None => self.miss(&self.key, cost),
         }
     }
@@ -288,10 +296,13 @@ impl Limiter {
         if key.spend(cost, now) {
             return Some(Ok(()));
         }
-        if waits {
-            return None;
-        }
-        key.denial(cost, self.priority, now).map(Err)
+        self.recall_denial(key, cost, waits, now).map(Err)
+    }
+
+    /// What memory says where no lease covers it. Not inlined, so that what a lease covers carries nothing of it along.
+    #[inline(never)]
+    fn recall_denial(&self, key: &Key, cost: u64, waits: bool, now: Time) -> Option<Rejected> {
+        if waits { None } else { key.denial(cost, self.priority, now) }
     }
 
     /// Boxed, so that a caller whom a lease covers carries nothing of it along.

@@ -222,27 +222,20 @@ impl Circuit {
         circuit
     }
 
-    /// Lets a call through, or does not. With `waits` the server may be asked for it.
+    /// The word of the gate if a call goes through without a look at anything else, and when that was.
+    ///
+    /// # Errors
+    /// If it has to be [decided](Self::decide): when that was.
     #[inline]
-    pub(super) fn admit(self: &Arc<Self>, waits: bool) -> Decided {
+    pub(super) fn cross(&self) -> Result<(u64, Time), Time> {
         let now = self.shown.clock.now();
         let word = self.shown.gate.load(Ordering::Acquire);
-        if word & FREE != 0 {
-            return Decided::Now(Ok(Permit::new(Arc::clone(self), Pass::Free, word, now)));
-        }
-        self.decide(now, waits)
+        if word & FREE != 0 { Ok((word, now)) } else { Err(now) }
     }
 
-    /// Whether a call goes through without a look at anything else; then the word of the gate, and when that was.
-    #[inline]
-    pub(super) fn cross(&self) -> Option<(u64, Time)> {
-        let now = self.shown.clock.now();
-        let word = self.shown.gate.load(Ordering::Acquire);
-        (word & FREE != 0).then_some((word, now))
-    }
-
+    /// Decides about a call that the gate does not let through by itself. With `waits` the server may be asked for it.
     #[inline(never)]
-    fn decide(self: &Arc<Self>, now: Time, waits: bool) -> Decided {
+    pub(super) fn decide(self: &Arc<Self>, now: Time, waits: bool) -> Decided {
         if let Some(refused) = &*self.shown.refused.load()
             && now < refused.until
         {

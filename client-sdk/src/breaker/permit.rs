@@ -50,11 +50,9 @@ pub(super) struct Free<'a> {
 }
 
 impl<'a> Free<'a> {
-    /// Nothing, if the circuit has to be asked.
     #[inline]
-    pub(super) fn cross(circuit: &'a Arc<Circuit>) -> Option<Self> {
-        let (word, began) = circuit.cross()?;
-        Some(Self { circuit, word, began, is_over: false })
+    pub(super) fn new(circuit: &'a Arc<Circuit>, word: u64, began: Time) -> Self {
+        Self { circuit, word, began, is_over: false }
     }
 
     #[inline]

@@ -20,8 +20,11 @@ use crate::{
 /// The limit of the policy `steady`, by the second, and its burst.
 const LIMIT: f64 = 10_000.0;
 
-/// Before it counts: until the burst is spent, and demand is known.
+/// Before it counts: until the burst is spent, and again until demand is known.
 const WARM_UP: Duration = Duration::from_secs(3);
+
+/// So many times faster the burst is spent.
+const WARMER: f64 = 3.0;
 
 /// A message for at least so many decisions.
 const DECISIONS: f64 = 100.0;
@@ -60,6 +63,8 @@ pub(super) async fn measure(options: &Options, server: &Server) -> Result<()> {
         eprintln!("the client: {name}");
         let site = Site::new(server).await?;
         let limiter = site.client.limiter(policy);
+        // The burst is spent before, so that what is had is what refills.
+        ask(&limiter, rate * WARMER, WARM_UP).await;
         ask(&limiter, rate, WARM_UP).await;
         let before = site.client.counts().messages_sent;
         let (own, other) = (Meter::start(process::id())?, Meter::start(server.pid())?);
