@@ -256,11 +256,19 @@ fn decide(circuit: &Arc<Circuit>, now: Time) -> Result<Admitted, Asking> {
 fn try_admit(circuit: &Arc<Circuit>) -> Result<Permit, Rejected> {
     match circuit.cross() {
         Ok((word, now)) => Ok(Permit::new(Arc::clone(circuit), Pass::Free, word, now)),
-        Err(now) => match circuit.decide(now, false) {
-            Decided::Now(decided) => decided,
-            // Only who waits is asked for.
-            Decided::Asked(_) => Err(circuit.is_undecided()),
+        Err(now) => match circuit.refused(now) {
+            Some(rejected) => Err(rejected),
+            None => try_decide(circuit, now),
         },
+    }
+}
+
+#[cold]
+fn try_decide(circuit: &Arc<Circuit>, now: Time) -> Admitted {
+    match circuit.decide(now, false) {
+        Decided::Now(decided) => decided,
+        // Only who waits is asked for.
+        Decided::Asked(_) => Err(circuit.is_undecided()),
     }
 }
 

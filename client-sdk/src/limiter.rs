@@ -21,7 +21,9 @@ mod word;
 
 use std::{
     fmt,
+    pin::Pin,
     sync::{Arc, atomic::Ordering},
+    task::{self, Poll},
     time::Duration,
 };
 
@@ -191,15 +193,8 @@ impl Limiter {
     /// If the tokens are denied; if the server cannot be reached and the policy denies then, or this process's share of
     /// it is used up; if there is no such policy, or so many tokens are never possible; or if the client is closed.
     #[inline]
-    pub async fn acquire(&self, cost: u64) -> Result<(), Rejected> {
-        let now = self.key.clock.now();
-        if cost == 0 || self.key.spend(cost, now) {
-            return Ok(());
-        }
-        match self.recall_denial(&self.key, cost, self.max_wait > Duration::ZERO, now) {
-            Some(denied) => Err(denied),
-            None => self.ask(&self.key, cost).await,
-        }
+    pub fn acquire(&self, cost: u64) -> impl Future<Output = Result<(), Rejected>> + Send + '_ {
+        Acquiring { limiter: self, cost, asking: None }
     }
 
     /// As [`acquire`](Self::acquire), of another key of the policy: one that is in use is found without allocating.
@@ -307,11 +302,7 @@ impl Limiter {
 
     /// Boxed, so that a caller whom a lease covers carries nothing of it along.
     #[cold]
-    fn ask<'a>(
-        &'a self,
-        key: &'a Arc<Key>,
-        cost: u64,
-    ) -> std::pin::Pin<Box<dyn Future<Output = Result<(), Rejected>> + Send + 'a>> {
+    fn ask<'a>(&'a self, key: &'a Arc<Key>, cost: u64) -> Asking<'a> {
         Box::pin(async move { self.stand_in_line(key, cost, false).await.map(drop) })
     }
 
@@ -372,6 +363,51 @@ impl Limiter {
         };
         key.context.telemetry.rejected(Decider::Local, decided);
         Err(key.rejection(decided, None, Decider::Local))
+    }
+}
+
+/// What is waited for where memory has no answer.
+type Asking<'a> = Pin<Box<dyn Future<Output = Result<(), Rejected>> + Send + 'a>>;
+
+/// A call that takes tokens. Written out, since the body of an `async fn` cannot be inlined.
+struct Acquiring<'a> {
+    limiter: &'a Limiter,
+    cost: u64,
+    asking: Option<Asking<'a>>,
+}
+
+impl Future for Acquiring<'_> {
+    type Output = Result<(), Rejected>;
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
+        if self.asking.is_none() {
+            let (key, cost) = (&self.limiter.key, self.cost);
+            let now = key.clock.now();
+            if cost == 0 || key.spend(cost, now) {
+                return Poll::Ready(Ok(()));
+            }
+            return self.begin(now, cx);
+        }
+        self.wait(cx)
+    }
+}
+
+impl Acquiring<'_> {
+    #[inline(never)]
+    fn begin(&mut self, now: Time, cx: &mut task::Context<'_>) -> Poll<Result<(), Rejected>> {
+        let Self { limiter, cost, asking } = self;
+        let waits = limiter.max_wait > Duration::ZERO;
+        if let Some(denied) = limiter.recall_denial(&limiter.key, *cost, waits, now) {
+            return Poll::Ready(Err(denied));
+        }
+        *asking = Some(limiter.ask(&limiter.key, *cost));
+        self.wait(cx)
+    }
+
+    #[cold]
+    fn wait(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), Rejected>> {
+        self.asking.as_mut().map_or(Poll::Pending, |asking| asking.as_mut().poll(cx))
     }
 }
 

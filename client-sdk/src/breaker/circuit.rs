@@ -233,15 +233,21 @@ impl Circuit {
         if word & FREE != 0 { Ok((word, now)) } else { Err(now) }
     }
 
+    /// A call is refused without a look at anything else, if calls are for a time.
+    #[inline(never)]
+    pub(super) fn refused(&self, now: Time) -> Option<Rejected> {
+        let refused = self.shown.refused.load();
+        let Refused { until, reason, decider, evidence } =
+            refused.as_deref().filter(|refused| now < refused.until)?;
+        let wait = Duration::from_nanos(until.nanos_since(now));
+        Some(self.refuse(*reason, *decider, Some(wait), evidence.clone()))
+    }
+
     /// Decides about a call that the gate does not let through by itself. With `waits` the server may be asked for it.
     #[inline(never)]
     pub(super) fn decide(self: &Arc<Self>, now: Time, waits: bool) -> Decided {
-        if let Some(refused) = &*self.shown.refused.load()
-            && now < refused.until
-        {
-            let wait = Duration::from_nanos(refused.until.nanos_since(now));
-            let Refused { reason, decider, ref evidence, .. } = **refused;
-            return Decided::Now(Err(self.refuse(reason, decider, Some(wait), evidence.clone())));
+        if let Some(rejected) = self.refused(now) {
+            return Decided::Now(Err(rejected));
         }
         let (passed, changes, word) = {
             let mut inner = self.inner.lock();
