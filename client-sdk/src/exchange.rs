@@ -6,6 +6,7 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use fusebox_core::Time;
 use fusebox_proto::v1;
+use tonic::Code;
 
 use crate::binding::Binding;
 
@@ -91,7 +92,21 @@ pub(crate) enum Unanswered {
     /// No session is up, or it broke meanwhile: perhaps charged, not admitted.
     Unreachable,
     /// The server could not decide: no such policy, a cost that is never possible, overloaded.
-    Refused { code: tonic::Code, message: Arc<str> },
+    Refused { code: Code, message: Arc<str> },
+}
+
+/// Whether asking again would be refused alike: somebody has to mend something first.
+pub(crate) const fn is_mistake(code: Code) -> bool {
+    matches!(
+        code,
+        Code::InvalidArgument
+            | Code::NotFound
+            | Code::PermissionDenied
+            | Code::FailedPrecondition
+            | Code::OutOfRange
+            | Code::Unimplemented
+            | Code::Unauthenticated
+    )
 }
 
 /// When something ends that was sent for at `sent` and lives for so long: 1% and 10 ms early, so that no client

@@ -22,7 +22,7 @@ use crate::{
     Decider, Fallback, Reason, Rejected,
     binding::Binding,
     context::Context,
-    exchange::{Answer, Answers, Question, Unanswered, duration, lasts_until},
+    exchange::{Answer, Answers, Question, Unanswered, duration, is_mistake, lasts_until},
     owed::Owed,
     settings::{Kind, OnUnreachable},
     telemetry::Event,
@@ -338,15 +338,7 @@ impl Pool {
             }
             Err(Unanswered::Refused { code, message }) => {
                 drop(cold);
-                let is_mistake = !matches!(
-                    code,
-                    tonic::Code::ResourceExhausted
-                        | tonic::Code::Unavailable
-                        | tonic::Code::DeadlineExceeded
-                        | tonic::Code::Cancelled
-                        | tonic::Code::Internal
-                        | tonic::Code::Unknown
-                );
+                let is_mistake = is_mistake(code);
                 // That there is no such policy is said once, whoever asks.
                 if is_mistake && (code != tonic::Code::NotFound || self.binding.is_refused()) {
                     self.tell_refused(code, &message);

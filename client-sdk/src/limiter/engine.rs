@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     Decider, Reason,
-    exchange::{Answer, Answers, Question, Unanswered, duration, lasts_until},
+    exchange::{Answer, Answers, Question, Unanswered, duration, is_mistake, lasts_until},
     settings::Kind,
     telemetry::Event,
 };
@@ -416,19 +416,4 @@ fn tell_all(cold: &mut Cold, told: impl Fn() -> Told) {
     while let Some(waiter) = cold.line.take_head(|_| true) {
         let _ = waiter.tell.send(told());
     }
-}
-
-/// Whether an error says that the question was wrong, so that asking again would not help.
-const fn is_mistake(code: tonic::Code) -> bool {
-    use tonic::Code;
-    matches!(
-        code,
-        Code::InvalidArgument
-            | Code::NotFound
-            | Code::Unimplemented
-            | Code::PermissionDenied
-            | Code::Unauthenticated
-            | Code::FailedPrecondition
-            | Code::OutOfRange
-    )
 }

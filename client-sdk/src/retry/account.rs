@@ -18,7 +18,7 @@ use crate::{
     Decider, Reason,
     binding::Binding,
     context::Context,
-    exchange::{Answers, Asked, Question, Unanswered},
+    exchange::{Answers, Asked, Question, Unanswered, is_mistake},
     part::Draft,
     settings::{Fallback, Kind, OnUnreachable, Settings},
     telemetry::Event,
@@ -228,18 +228,4 @@ fn share(settings: &Settings, clients: u32) -> Option<RetryBudget> {
     let Kind::RetryBudget(budget) = &settings.kind else { return None };
     let floor = budget.min_per_second() / clients.max(1);
     RetryBudget::new(budget.ratio_per_mille(), floor, budget.ttl()).ok()
-}
-
-/// Whether asking again would be answered alike: somebody has to mend something first.
-fn is_mistake(code: Code) -> bool {
-    matches!(
-        code,
-        Code::InvalidArgument
-            | Code::NotFound
-            | Code::PermissionDenied
-            | Code::FailedPrecondition
-            | Code::OutOfRange
-            | Code::Unimplemented
-            | Code::Unauthenticated
-    )
 }
