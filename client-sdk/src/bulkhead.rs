@@ -23,10 +23,7 @@ use fusebox_core::Time;
 use fusebox_proto::v1;
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time,
-};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 pub use self::permit::Permit;
 use self::pool::{Pool, Shell};
@@ -236,12 +233,12 @@ impl Bulkhead {
     /// this process's share is used up; if there is no such policy, or it is not of permits; or if the client is closed.
     pub async fn acquire(&self) -> Result<Permit, Rejected> {
         let until = self.pool.context.clock.now().after(self.max_wait);
-        let local = self.local_permit().await?;
+        let local = self.local_permit(until).await?;
         let held = self.pool.acquire(until).await?;
         Ok(Permit { pool: Arc::clone(&self.pool), held, _local: local })
     }
 
-    async fn local_permit(&self) -> Result<Option<OwnedSemaphorePermit>, Rejected> {
+    async fn local_permit(&self, until: Time) -> Result<Option<OwnedSemaphorePermit>, Rejected> {
         let Some((_, local)) = &self.local else { return Ok(None) };
         let full = || {
             let (reason, decider) = (Reason::ConcurrencyLimited, Decider::Local);
@@ -253,14 +250,10 @@ impl Bulkhead {
         if self.max_wait.is_zero() {
             return Err(full());
         }
-        let sleep = {
-            let _entered = self.pool.context.runtime.enter();
-            time::sleep(self.max_wait)
-        };
         tokio::select! {
             biased;
             permit = Arc::clone(local).acquire_owned() => permit.map(Some).map_err(|_| full()),
-            () = sleep => Err(full()),
+            () = self.pool.context.sleep_until(until) => Err(full()),
         }
     }
 

@@ -8,7 +8,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::runtime::Handle;
+use fusebox_core::Time;
+use tokio::{
+    runtime::Handle,
+    time::{Sleep, sleep},
+};
 
 use crate::{Clock, exchange::Exchange, settings::Fallback, telemetry::Telemetry};
 
@@ -24,6 +28,14 @@ pub(crate) struct Context {
     pub(crate) fallback: Fallback,
     pub(crate) telemetry: Telemetry,
     pub(crate) random: Random,
+}
+
+impl Context {
+    /// Returns at that time of the clock. Whoever waits may be on no runtime, or on one without timers.
+    pub(crate) fn sleep_until(&self, at: Time) -> Sleep {
+        let _entered = self.runtime.enter();
+        sleep(Duration::from_nanos(at.nanos_since(self.clock.now())))
+    }
 }
 
 /// Numbers for jitter: spread well, secret from nobody.

@@ -29,7 +29,6 @@ use std::{
 
 use fusebox_core::Time;
 use fusebox_proto::v1;
-use tokio::time;
 
 pub use self::estimate::Estimate;
 use self::{
@@ -429,16 +428,10 @@ async fn wait(key: &Arc<Key>, mut line: InLine, asked: Time, until: Time) -> Tol
     // Whose wait is over is told so then, and who is not decided at all when that is.
     let mut next = if until > asked { until.min(asked.after(within)) } else { asked.after(within) };
     loop {
-        let now = key.context.clock.now();
-        let sleep = {
-            // The caller may be on no runtime, or on one without timers.
-            let _entered = key.context.runtime.enter();
-            time::sleep(Duration::from_nanos(next.nanos_since(now)))
-        };
         tokio::select! {
             biased;
             said = &mut line.told => return said.unwrap_or(Told::Closed),
-            () = sleep => {}
+            () = key.context.sleep_until(next) => {}
         }
         match key.overdue(line.denied, asked, until) {
             Ok(later) => next = later,

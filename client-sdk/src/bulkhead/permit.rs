@@ -10,10 +10,7 @@ use std::{
 };
 
 use fusebox_core::Time;
-use tokio::{
-    sync::{Notify, OwnedSemaphorePermit},
-    time,
-};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use super::pool::Pool;
 
@@ -110,16 +107,11 @@ impl Permit {
             if self.is_expired() {
                 return;
             }
-            let now = self.pool.context.clock.now();
             let expires = Time::from_nanos(held.expires.load(Ordering::Relaxed));
-            let sleep = {
-                let _entered = self.pool.context.runtime.enter();
-                time::sleep(Duration::from_nanos(expires.nanos_since(now)))
-            };
             tokio::select! {
                 biased;
                 () = told => {}
-                () = sleep => {}
+                () = self.pool.context.sleep_until(expires) => {}
             }
         }
     }

@@ -167,15 +167,10 @@ impl Pool {
         let mut next =
             if until > asked { until.min(asked.after(within)) } else { asked.after(within) };
         loop {
-            let now = self.context.clock.now();
-            let sleep = {
-                let _entered = self.context.runtime.enter();
-                time::sleep(Duration::from_nanos(next.nanos_since(now)))
-            };
             tokio::select! {
                 biased;
                 said = &mut told.0 => return said.unwrap_or(Told::Closed),
-                () = sleep => {}
+                () = self.context.sleep_until(next) => {}
             }
             match self.overdue(asked, until) {
                 Ok(later) => next = later,

@@ -195,8 +195,8 @@ async fn what_is_told_to_a_process_that_was_stopped_meanwhile_is_not_spent() {
             if estimated { limiter.estimate(10).await.map(drop) } else { limiter.acquire(10).await }
         });
         // The answer is on its way, and the process is stopped for longer than what it tells is worth something.
-        time::sleep(Duration::from_micros(1_500)).await;
-        time::advance(Duration::from_secs(2)).await;
+        tokio::time::sleep(Duration::from_micros(1_500)).await;
+        tokio::time::advance(Duration::from_secs(2)).await;
         assert_eq!(asked.await.unwrap().unwrap_err().reason, Reason::Unreachable);
     }
     pass(1_200).await;
