@@ -59,7 +59,7 @@ pub use self::{
 use crate::Rejected;
 
 /// Links of a chain of sources that are looked at. A longer one is a mistake, and may have no end.
-const MOST_SOURCES: usize = 64;
+const SOURCES_MOST: usize = 64;
 
 /// The rejection that an error is, or comes of.
 #[must_use]
@@ -75,7 +75,7 @@ pub(crate) fn rejected_in<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Re
 /// The error itself if it is of that type, or the first of its sources that is.
 fn source_of<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
     let mut next = Some(error);
-    for _ in 0..MOST_SOURCES {
+    for _ in 0..SOURCES_MOST {
         let error = next?;
         if let Some(found) = error.downcast_ref() {
             return Some(found);

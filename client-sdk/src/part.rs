@@ -10,6 +10,9 @@ use crate::telemetry::Counts;
 /// Outcomes, deltas and renewals of one report, at most: the server's limit.
 pub(crate) const REPORT_MOST: usize = 1_000;
 
+/// Most of one count of a delta: the server's limit.
+pub(crate) const COUNT_MOST: u64 = 1_000_000_000;
+
 /// A part of the client that has something to say, and wants to hear.
 ///
 /// All of it is called by one task, never from a call of a user; none of it may wait.

@@ -47,7 +47,7 @@ use crate::{
 
 /// Budgets of one client, at most: all that one report can tell of. Keys past it pay into their policy's budget of no
 /// key, and draw from it.
-const MOST_ACCOUNTS: usize = REPORT_MOST;
+const ACCOUNTS_MOST: usize = REPORT_MOST;
 
 /// All retry budgets of a client.
 pub(crate) struct Retries {
@@ -107,7 +107,7 @@ impl Retries {
             return account;
         }
         let mut accounts = self.accounts.write();
-        let full = accounts.in_turn.len() >= MOST_ACCOUNTS;
+        let full = accounts.in_turn.len() >= ACCOUNTS_MOST;
         let key = if full { "" } else { key };
         accounts.get(policy, key).unwrap_or_else(|| {
             let account = Arc::new(Account::new(Arc::clone(&self.context), policy, key));
@@ -124,7 +124,7 @@ impl Part for Retries {
         for account in &accounts.in_turn {
             account.tend(now);
         }
-        if accounts.in_turn.len() > MOST_ACCOUNTS / 2 {
+        if accounts.in_turn.len() > ACCOUNTS_MOST / 2 {
             accounts.forget_idle();
         }
     }

@@ -4,10 +4,7 @@ use fusebox_core::circuit::{LATENCIES, MAX_KINDS};
 use fusebox_proto::v1;
 
 use super::{Verdict, circuit::End};
-use crate::binding::Binding;
-
-/// Most of one count of a delta: the server's limit.
-const COUNT_MOST: u64 = 1_000_000_000;
+use crate::{binding::Binding, part::COUNT_MOST};
 
 /// Most bytes of a kind of failure: the server's limit.
 const KIND_MOST: usize = 64;

@@ -26,7 +26,7 @@ use crate::{
 
 /// Most answers that are waited for after their retries have gone ahead. Past it a retry is told of at once, and
 /// perhaps counted twice: that loses a retry, and never admits one.
-const MOST_LATE: u64 = 256;
+const LATE_MOST: u64 = 256;
 
 /// One policy and key, as all handles of it share it.
 pub(super) struct Account {
@@ -118,7 +118,7 @@ impl Account {
         }
         self.context.telemetry.decided(decider);
         match late {
-            Some(asked) if self.late.fetch_add(1, Ordering::Relaxed) < MOST_LATE => {
+            Some(asked) if self.late.fetch_add(1, Ordering::Relaxed) < LATE_MOST => {
                 self.context.runtime.spawn(Arc::clone(self).settle(asked));
             }
             Some(_) => {

@@ -4,13 +4,10 @@
 use fusebox_core::{Admission, Ask, Kind, Moment, RetryBudget, Time, Wall, retry_budget};
 use fusebox_proto::v1;
 
-use crate::binding::Binding;
-
-/// Most of one count in a delta: the server's limit. The rest goes with the next.
-const MOST_OF_A_COUNT: u64 = 1_000_000_000;
+use crate::{binding::Binding, part::COUNT_MOST};
 
 /// Most requests that are put into the local budget at once: what one ask of it may be.
-const MOST_AT_ONCE: u64 = 1_000_000;
+const AT_ONCE_MOST: u64 = 1_000_000;
 
 /// What one retry budget saw of this process.
 #[derive(Debug, Default)]
@@ -32,7 +29,7 @@ impl Ledger {
         self.calls = self.calls.max(calls);
         self.requests = self.requests.saturating_add(requests);
         if requests > 0 {
-            let ask = Ask::spend(requests.min(MOST_AT_ONCE));
+            let ask = Ask::spend(requests.min(AT_ONCE_MOST));
             self.charge(ask, share, now);
         }
     }
@@ -60,8 +57,9 @@ impl Ledger {
 
     /// What the server has not been told; it counts as told from now on.
     pub(super) fn tell(&mut self, binding: &Binding) -> Option<v1::CircuitDelta> {
-        let requests = self.requests.min(MOST_OF_A_COUNT);
-        let retries = self.retries.min(MOST_OF_A_COUNT);
+        // The rest goes with the next.
+        let requests = self.requests.min(COUNT_MOST);
+        let retries = self.retries.min(COUNT_MOST);
         if requests == 0 && retries == 0 {
             return None;
         }
@@ -134,8 +132,8 @@ mod tests {
     #[test]
     fn a_delta_holds_no_more_than_the_server_takes() {
         let (mut ledger, binding) = (Ledger::default(), Binding::new("budget", "", 0));
-        ledger.deposit(MOST_OF_A_COUNT + 7, None, at(0));
-        assert_eq!(ledger.tell(&binding).unwrap().requests, MOST_OF_A_COUNT);
+        ledger.deposit(COUNT_MOST + 7, None, at(0));
+        assert_eq!(ledger.tell(&binding).unwrap().requests, COUNT_MOST);
         assert_eq!(ledger.tell(&binding).unwrap().requests, 7);
     }
 

@@ -8,7 +8,7 @@ use super::{Again, Backoff, GaveUp};
 
 /// Longest pause that a target may ask for. A caller who is to come back later than that is told so now, rather than
 /// kept, and with it all that it holds.
-const MOST_PUSHBACK: Duration = Duration::from_secs(60);
+const PUSHBACK_MOST: Duration = Duration::from_secs(60);
 
 /// What a caller wants of its retries.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -67,7 +67,7 @@ impl Pacing {
             return Err(GaveUp::Attempts);
         }
         let pause = match again {
-            Again::After(pause) if pause > MOST_PUSHBACK => return Err(GaveUp::Pushback),
+            Again::After(pause) if pause > PUSHBACK_MOST => return Err(GaveUp::Pushback),
             Again::After(pause) => pause,
             _ => self.terms.backoff.pause(next, self.previous, up_to),
         };

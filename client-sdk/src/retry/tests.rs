@@ -379,12 +379,12 @@ async fn a_decider_may_try_a_success_again_and_leave_an_error() {
 #[tokio::test(start_paused = true)]
 async fn keys_past_the_most_share_the_budget_of_none() {
     let bench = Bench::new(Answering::Allow);
-    let held: Vec<_> = (0..MOST_ACCOUNTS + 2).map(|n| bench.retry().key(&n.to_string())).collect();
+    let held: Vec<_> = (0..ACCOUNTS_MOST + 2).map(|n| bench.retry().key(&n.to_string())).collect();
     for retry in &held {
         drop(retry.attempts());
     }
     let told = bench.told();
-    assert_eq!(told.len(), MOST_ACCOUNTS);
+    assert_eq!(told.len(), ACCOUNTS_MOST);
     // The handle without a key is one of them.
     assert!(told.contains(&(String::new(), 3, 0)), "{told:?}");
 

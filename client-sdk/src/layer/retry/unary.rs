@@ -12,7 +12,7 @@ use super::Policy;
 use crate::{TimedOut, layer::source_of, retry::Again};
 
 /// Largest request that is kept for another try: the size up to which a server takes messages, if not told otherwise.
-const MOST_BYTES: usize = 4 << 20;
+const BYTES_MOST: usize = 4 << 20;
 
 /// Calls of tonic with one message: after `UNAVAILABLE`, when the target's `grpc-retry-pushback-ms` says. (gRFC A6.)
 ///
@@ -89,7 +89,7 @@ fn read(mut body: Body) -> (VecDeque<Bytes>, Option<Rest>) {
                 Ok(data) => {
                     bytes += data.len();
                     frames.push_back(data);
-                    if bytes <= MOST_BYTES {
+                    if bytes <= BYTES_MOST {
                         continue;
                     }
                     Rest { next: None, body }
@@ -207,9 +207,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_message_that_is_too_large_to_keep_is_sent_once_and_whole() {
-        let (sent, kept) = keep(Body::new(Full::from(vec![0; MOST_BYTES + 1])));
+        let (sent, kept) = keep(Body::new(Full::from(vec![0; BYTES_MOST + 1])));
         assert!(kept.is_none());
-        assert_eq!(text(sent).await.len(), MOST_BYTES + 1);
+        assert_eq!(text(sent).await.len(), BYTES_MOST + 1);
     }
 
     #[test]
