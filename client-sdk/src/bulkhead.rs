@@ -276,8 +276,7 @@ impl Bulkhead {
     }
 
     /// Whether a call that outlives its permit is to be cancelled.
-    #[must_use]
-    pub fn cancels_on_expiry(&self) -> bool {
+    pub(crate) fn cancels_on_expiry(&self) -> bool {
         self.on_expiry == OnExpiry::Cancel
     }
 }

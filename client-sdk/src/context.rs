@@ -55,6 +55,11 @@ impl Random {
         z ^ (z >> 31)
     }
 
+    /// A name of 128 bits.
+    pub(crate) fn id(&self) -> String {
+        format!("{:016x}{:016x}", self.next(), self.next())
+    }
+
     /// Some time from nothing to `most`.
     pub(crate) fn up_to(&self, most: Duration) -> Duration {
         // 32 bits are fine enough for any wait.

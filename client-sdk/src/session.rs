@@ -23,7 +23,7 @@ mod watching;
 use std::{
     sync::{
         Arc, OnceLock, Weak,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -44,7 +44,7 @@ use crate::{
     context::{Context, Random},
     exchange::{Answers, Asked, Exchange, Question, Unanswered},
     part::Part,
-    telemetry::Event,
+    telemetry::{Event, Telemetry},
 };
 
 /// Questions that wait for their turn on one connection, at most. At a thousand under way, and a millisecond for each,
@@ -298,8 +298,7 @@ impl Shared {
         } else {
             self.up.fetch_and(!bit, Ordering::AcqRel)
         };
-        let any = if up { true } else { before & !bit != 0 };
-        self.is_up.send_replace(any);
+        self.is_up.send_replace(up || before & !bit != 0);
     }
 
     fn context(&self) -> Option<Arc<Context>> {
@@ -312,10 +311,7 @@ impl Shared {
         }
     }
 
-    fn count(
-        &self,
-        counter: impl Fn(&crate::telemetry::Telemetry) -> &std::sync::atomic::AtomicU64,
-    ) {
+    fn count(&self, counter: impl Fn(&Telemetry) -> &AtomicU64) {
         if let Some(context) = self.context() {
             counter(&context.telemetry).fetch_add(1, Ordering::Relaxed);
         }

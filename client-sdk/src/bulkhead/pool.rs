@@ -149,9 +149,6 @@ impl Pool {
                 self.context.telemetry.decided(Decider::Server);
                 Ok(Some(held))
             }
-            Told::Denied(Reason::Refused, ..) => {
-                Err(self.rejection(Reason::Refused, None, Decider::Server))
-            }
             Told::Denied(reason, wait, decider) => Err(self.rejection(reason, wait, decider)),
             Told::Closed => Err(self.rejection(Reason::Closed, None, Decider::Local)),
             Told::Unreachable => self.decide_alone().map(|()| None),
@@ -202,7 +199,7 @@ impl Pool {
             return Err(Told::Denied(Reason::LineFull, None, Decider::Local));
         }
         let (tell, told) = oneshot::channel();
-        let request_id = self.request_id();
+        let request_id = self.context.random.id();
         // Behind those who wait there is nothing to be had.
         let denied = waits && cold.line.iter().any(|waiter| waiter.denied);
         let waiter = Waiter { until, denied, request_id, stood_for: None, repeats: false, tell };
@@ -293,9 +290,7 @@ impl Pool {
         let truth = self.shell.truth.load(Ordering::Relaxed);
         let undecided = |waiter: &Waiter| !waiter.denied;
         if cold.line.iter().any(undecided) {
-            let (asked, kept): (Vec<_>, Vec<_>) =
-                cold.line.drain(..).partition(|waiter| !waiter.denied);
-            let mut waiters = asked;
+            let (mut waiters, kept): (Vec<_>, Vec<_>) = cold.line.drain(..).partition(undecided);
             let later = waiters.split_off(waiters.len().min(BATCH_MOST));
             cold.line.extend(kept.into_iter().chain(later));
             cold.since = Some(now);
@@ -329,7 +324,7 @@ impl Pool {
             Ok(_) | Err(Unanswered::Unreachable) => {
                 cold.rests = now.after(AGAIN_AFTER);
                 waiters.iter_mut().for_each(|waiter| waiter.repeats = true);
-                put_back(&mut cold.line, &mut waiters);
+                put_back(&mut cold.line, waiters);
             }
             Err(Unanswered::Refused { code, message }) => {
                 drop(cold);
@@ -391,7 +386,7 @@ impl Pool {
                 }
             }
         }
-        put_back(&mut cold.line, &mut waiting);
+        put_back(&mut cold.line, waiting);
         // What was given to somebody who had left is the next one's, or is given back.
         for held in spare {
             self.pass_on(cold, held);
@@ -400,13 +395,8 @@ impl Pool {
 
     /// Asked for anew, it is another question.
     fn anew(&self, waiter: Waiter) -> Waiter {
-        let request_id = self.request_id();
+        let request_id = self.context.random.id();
         Waiter { request_id, stood_for: None, repeats: false, ..waiter }
-    }
-
-    fn request_id(&self) -> String {
-        let random = &self.context.random;
-        format!("{:016x}{:016x}", random.next(), random.next())
     }
 
     fn pass_on(&self, cold: &mut Cold, mut held: Arc<Held>) {
@@ -560,8 +550,8 @@ impl Drop for Awaiting {
 }
 
 /// Puts back at the front, in their order, those that were taken from there.
-fn put_back(line: &mut VecDeque<Waiter>, waiters: &mut Vec<Waiter>) {
-    while let Some(waiter) = waiters.pop() {
+fn put_back(line: &mut VecDeque<Waiter>, waiters: Vec<Waiter>) {
+    for waiter in waiters.into_iter().rev() {
         line.push_front(waiter);
     }
 }

@@ -267,7 +267,7 @@ impl ClientBuilder {
     fn id(&self, random: &Random) -> Result<String, BuildError> {
         let id = match (&self.client_id, self.seed) {
             (Some(id), _) => id.clone(),
-            (None, Some(_)) => format!("{:016x}{:016x}", random.next(), random.next()),
+            (None, Some(_)) => random.id(),
             (None, None) => format!("{:016x}{:016x}", secret()?, secret()?),
         };
         if id.is_empty() {
@@ -322,7 +322,7 @@ impl ClientBuilder {
     }
 
     #[cfg(not(feature = "tls"))]
-    #[allow(clippy::unused_self)]
+    #[allow(clippy::unused_self)] // as with the feature, which looks at `tls`
     fn secured(&self, endpoint: Endpoint, address: &Address) -> Result<Endpoint, String> {
         if address.is_plain {
             return Ok(endpoint);

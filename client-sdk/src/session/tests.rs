@@ -21,7 +21,7 @@ use super::*;
 use crate::{
     part::{Draft, Link as Linked},
     settings::Fallback,
-    telemetry::{Counts, Telemetry},
+    telemetry::Counts,
 };
 
 /// Longer than anything here takes, in time that passes only when nothing else is left to do.
