@@ -295,7 +295,8 @@ fn circuits(site: &Site, each: Duration) -> Result<()> {
     table.note(&format!(
         "{NOTE} Wanted too: at most two readings of the clock and {BESIDE_CLOCK} ns, which is {}; {}: kept: {}. \
          `recloser` and `failsafe` read no clock for a call that goes well, and so neither know how long it took nor \
-         forget what is long past; ours counts by time, and tells operators of latencies.",
+         forget what is long past; ours counts by time, and tells operators of latencies. A refusal reads the clock once, \
+         since it ends by itself, counts itself, and holds names and evidence by two counts.",
         figure(most),
         figure(took(CLOSED)),
         is_kept(took(CLOSED) <= most),
