@@ -44,9 +44,6 @@ const SWEEP: Duration = Duration::from_secs(10);
 /// Circuits that are not in use and are told of, at most: of further ones it is known once they are reported on.
 const OTHERS_MOST: usize = 10_000;
 
-/// Breakers that are watched, at most: the server's limit. Circuits of others are known by the answers to reports.
-const WATCHED_MOST: usize = 64;
-
 /// Parts of a policy's circuits, each with a lock of its own: calls for many keys look them up at the same time.
 const SHARDS: usize = 16;
 
@@ -264,8 +261,7 @@ impl Part for Breakers {
     fn watches(&self) -> Vec<Arc<str>> {
         let policies = self.policies.lock();
         let used = policies.iter().filter(|policy| policy.is_breaker());
-        let wanted: Vec<_> =
-            used.map(|policy| Arc::clone(&policy.binding.policy)).take(WATCHED_MOST).collect();
+        let wanted: Vec<_> = used.map(|policy| Arc::clone(&policy.binding.policy)).collect();
         drop(policies);
         let mut watch = self.watch.lock();
         if watch.wanted != wanted {
