@@ -24,7 +24,17 @@ async fn main() -> Result<(), BoxError> {
 
     let client = Client::connect(address.as_str()).namespace(namespace).build()?;
     let channel = Channel::from_shared(address)?.connect_lazy();
-    let (served, failed) = run(&client, channel, 1_000).await;
+    // One that calls again only when it was served would be slowed down to what the policy allows, and hardly rejected.
+    let callers = (0..8).map(|_| {
+        let (client, channel) = (client.clone(), channel.clone());
+        tokio::spawn(async move { run(&client, channel, 125).await })
+    });
+    let (mut served, mut failed) = (0, Vec::new());
+    for caller in callers.collect::<Vec<_>>() {
+        let (some, others) = caller.await?;
+        served += some;
+        failed.extend(others);
+    }
     println!("{served} calls were served, {} were not", failed.len());
     if let Some(status) = failed.last() {
         println!("the last of them: {:?}: {}", status.code(), status.message());
