@@ -81,7 +81,9 @@ async fn after_a_reset_the_session_is_up_again() {
 
 #[tokio::test]
 async fn a_report_counts_once_though_the_link_broke_before_its_answer() {
-    let server = serve("share: {retry_budget: {ratio: 100%, min_per_second: 0, ttl: 1m}}").await;
+    let budget = "share: {retry_budget: {ratio: 100%, min_per_second: 0, ttl: 1m}}";
+    let window = "window: {sliding_window: {limit: 100, per: 1s}}";
+    let server = serve(&format!("{budget}, {window}")).await;
     let proxy = Proxy::to(server.grpc).await;
     let client = client(&[proxy.url()]);
     connected(&client).await;
@@ -96,6 +98,8 @@ async fn a_report_counts_once_though_the_link_broke_before_its_answer() {
     let calls = |calls| (0..calls).for_each(|_| drop(retry.attempts()));
     calls(10);
     eventually("it is told", async || paid().await == 10).await;
+    // Answers come in order: once this one has, that of the report has, too, and the next report can be sent.
+    client.limiter("window").acquire(1).await.unwrap();
     proxy.set(Fault::DeafClient);
     calls(20);
     eventually("it is told, and the answer on its way", async || paid().await == 30).await;
